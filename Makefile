@@ -1,0 +1,32 @@
+# make setup is called by the others; it does nothing once .venv matches constraints.txt and pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint bench clean
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m fastnet.prepare sample --out data/sample
+	$(BIN)/python -m fastnet.paper --data data/sample --out demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/python -m benchmarks.lstm --quick
+	$(BIN)/python -m benchmarks.pipeline --quick
+	$(BIN)/python -m benchmarks.step --quick
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,66 @@
+"""What every command shares: one-line errors, exit codes, --json and --debug.
+
+Exit codes: 0 done, 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+
+class InputError(Exception):
+    """Bad input. The message is one line that names what is wrong and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the flags that every command has."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        common = self.add_argument_group("output")
+        common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+        common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
+    """Runs `main(argv)` as a command and exits with the project's codes.
+
+    `main` returns the command's result; with --json it is printed as the last line. An `InputError`
+    or a full disk is one line on stderr and exit code 2.
+    """
+    argv = sys.argv[1:]
+    try:
+        result = main(argv)
+        if "--json" in argv:
+            print(json.dumps(result), flush=True)
+    except InputError as error:
+        fail(str(error), debug="--debug" in argv)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or "the output directory"
+        fail(f"{where}: no space left on the disk; free some and run the same command again",
+             debug="--debug" in argv)
+    sys.exit(0)
+
+
+def fail(message: str, *, debug: bool) -> NoReturn:
+    """Prints one line on stderr (behind the traceback with `debug`) and exits with code 2."""
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(2)
