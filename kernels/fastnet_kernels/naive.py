@@ -41,7 +41,7 @@ def naive(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
     """The last hidden states of all groups of all stages, concatenated.
 
     Args:
-        features: per stage [B, G*T, h, w] with h*w = H, any memory format; the dtype is that of the computation.
+        features: per stage [B, G*T, h, w] with h*w = H, any memory format, in the dtype to compute in.
         weights: per stage, in the same dtype.
 
     Returns:

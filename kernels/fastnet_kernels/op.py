@@ -5,7 +5,6 @@ Legend: B batch, G groups, T steps, S input size = H hidden size.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -27,8 +26,8 @@ def channel_group_lstm(
 ) -> Tensor:
     """The last hidden states of all groups of all stages (see naive.py for the equations).
 
-    Under autocast the computation runs in autocast's dtype, otherwise in that of the features; the weights are
-    cast to it, their gradients arrive in their own dtype.
+    Under autocast the computation runs in autocast's dtype, otherwise in that of the features; the weights
+    are cast to it, their gradients arrive in their own dtype.
 
     Args:
         features: per stage [B, G*T, h, w] with h*w = H; float32, float16 or bfloat16.
@@ -69,7 +68,7 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
             raise ValueError(f"feature map {n} differs from feature map 0 in batch, dtype or device")
 
 
-def choose(backend: Backend, device: str) -> str:
+def choose(backend: Backend, device: str) -> Backend:
     """The backend that runs for tensors on `device`; what auto picks is said once per process on stderr."""
     if backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run on {device} tensors")
@@ -85,7 +84,7 @@ def _torch(features: Sequence[Tensor], weights: Sequence[Weights], stages: Seque
         zeros = x.new_zeros(1, batch, hidden)
         for g in range(groups):
             flat = [p[g].to(dtype) for p in w]
-            last = torch._VF.lstm(  # type: ignore[attr-defined]
+            last = torch._VF.lstm(
                 x[:, g].transpose(0, 1), (zeros, zeros), flat, True, 1, 0.0, False, False, False
             )[1]  # [1, B, H]
             outputs.append(last[0])
