@@ -17,8 +17,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastnet.cli import InputError, Parser, run
-from fastnet.files import replaced
+from fastnet.cli import InputError, Parser
+from fastnet.cli import run as run_command
+from fastnet.files import replaced, short_names
 
 STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": "0.45", "linestyle": "-", "linewidth": 1.2},
@@ -36,7 +37,7 @@ class Curves:
     validation: list[tuple[float, float, float]] = field(default_factory=list)
 
 
-def read_curves(run_dir: Path) -> Curves:
+def read_curves(run_dir: Path, name: str) -> Curves:
     """Reads a run's metrics.jsonl. Raises InputError, naming file and line, where it is damaged or empty."""
     path = run_dir / "metrics.jsonl"
     try:
@@ -46,7 +47,7 @@ def read_curves(run_dir: Path) -> Curves:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
-    curves = Curves(name=run_dir.resolve().name)
+    curves = Curves(name)
     epochs: list[tuple[float, float, float]] = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -159,10 +160,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the pictures go")
     args = parser.parse_args(argv)
 
-    runs = [read_curves(path) for path in args.runs]
-    if len({curves.name for curves in runs}) < len(runs):
-        for curves, path in zip(runs, args.runs, strict=True):
-            curves.name = str(path)
+    runs = [read_curves(path, name) for path, name in zip(args.runs, short_names(args.runs), strict=True)]
     files = save(draw(runs), args.out)
     for path in files:
         print(path)
@@ -170,7 +168,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def cli() -> NoReturn:
-    run(main)
+    run_command(main)
 
 
 if __name__ == "__main__":

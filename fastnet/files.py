@@ -1,10 +1,10 @@
-"""Output files that are there whole or not at all."""
+"""Output files that are there whole or not at all, and short names of runs."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,3 +30,9 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         if beside.parent.is_dir():
             beside.unlink(missing_ok=True)
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """The directories' own names, or the whole paths where these would not tell the runs apart."""
+    names = [path.resolve().name for path in runs]
+    return names if len(set(names)) == len(names) else [str(path) for path in runs]

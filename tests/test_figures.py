@@ -107,7 +107,7 @@ def test_same_metrics_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_run_without_step_lines_is_drawn_from_its_epochs(tmp_path: Path) -> None:
-    curves = read_curves(write_run(tmp_path / "run", head_epochs=0, epochs=2, steps=False))
+    curves = read_curves(write_run(tmp_path / "run", head_epochs=0, epochs=2, steps=False), "run")
     assert curves.training == [(10, 4.9, 0.01), (20, 4.8, 0.02)]
     assert curves.phase_two is None
 
