@@ -1,0 +1,279 @@
+"""Prepared set -> batches on the training device, through one DALI graph for CPU and GPU.
+
+Order and augmentation follow from (seed, epoch, sample) alone, so a step's global batch is a slice of the
+epoch's order whatever the number of ranks, and two integers (epoch, step) say where to go on.
+
+DALI reads the encoded images in place (views of the mapped file) and writes HWC; the NCHW view of that is
+channels_last, so nothing is copied between the decoder and the first convolution.
+
+Shapes: B images of a micro-batch, H = W = image_size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.tensors import TensorCPU
+from nvidia.dali.types import DALIDataType
+
+from fastnet.augment import (
+    MEAN,
+    STD,
+    apply_policy,
+    epoch_draws,
+    epoch_order,
+    eval_inputs,
+    input_type,
+    train_inputs,
+)
+from fastnet.cli import InputError
+from fastnet.config import Augment
+from fastnet.data import Split
+
+PREFETCH = 2
+
+
+class Batch(NamedTuple):
+    """A micro-batch. `x` stays valid for as long as it is referenced, at least until the next one."""
+
+    x: torch.Tensor  # [B, 3, H, W] channels_last, normalised with ImageNet mean and std, on the device
+    y: torch.Tensor  # [B] int64 labels, on the device
+    index: NDArray[np.int64]  # type: ignore[assignment]  # [B] positions in the split, on the host
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How images become tensors. `decode` is gpu (nvJPEG), cpu, or raw (decoded once, to a file)."""
+
+    image_size: int
+    device: torch.device
+    dtype: torch.dtype
+    decode: str
+    threads: int
+    eval_crop: float = 1.0
+
+
+def resolve_decode(choice: str, device: torch.device) -> str:
+    """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere."""
+    if choice == "gpu" and device.type != "cuda":
+        raise InputError("--decode gpu: there is no GPU here; use cpu, raw or auto")
+    if choice == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    return choice
+
+
+def part(n: int, index: int, parts: int) -> slice:
+    """The `index`-th of `parts` contiguous parts of `n` things; their sizes differ by one at most."""
+    return slice(n * index // parts, n * (index + 1) // parts)
+
+
+def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -> slice:
+    """A rank's share of a step: a slice of the epoch's order of `n` samples. `batch_size` is global."""
+    if not 0 <= step < n // batch_size:
+        raise IndexError(f"step {step} of an epoch of {n // batch_size}")
+    share = part(batch_size, rank, world_size)
+    return slice(step * batch_size + share.start, step * batch_size + share.stop)
+
+
+@pipeline_def(enable_conditionals=True, prefetch_queue_depth=PREFETCH)
+def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> DataNode:
+    """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
+
+    Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
+    """
+    forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
+    given: list[Any] = fn.external_source(
+        source=source,
+        num_outputs=len(forms),
+        dtype=[form[0] for form in forms],
+        ndim=[form[1] for form in forms],
+        batch=True,
+        no_copy=True,
+    )
+    images, inputs = given[0], {name: given[1 + i] for i, name in enumerate(names)}
+    if spec.decode == "gpu":
+        # The same chroma upsampling as on the CPU: a network sees the same pixels wherever they are decoded.
+        images = fn.decoders.image(
+            images,
+            device="mixed",
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
+    elif spec.decode == "cpu":
+        images = fn.decoders.image(images, adjust_orientation=False)
+    if spec.device.type == "cuda" and spec.decode != "gpu":
+        images = images.gpu()
+    size = [spec.image_size, spec.image_size]
+    images = fn.resize(images, size=size, roi_start=inputs["start"], roi_end=inputs["end"])
+    images = apply_policy(images, inputs, policy, spec.image_size)
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=inputs.get("mirror", 0),
+        mean=list(MEAN),
+        std=list(STD),
+        dtype=DALIDataType.FLOAT16 if spec.dtype == torch.float16 else DALIDataType.FLOAT,
+        output_layout="HWC",
+    )
+
+
+class _Feed:
+    """The graph's source. Keeps what it handed to DALI, which does not copy it, until the batch is out."""
+
+    def __init__(self, image: Callable[[int], NDArray], layout: str) -> None:
+        self.image, self.layout = image, layout
+        self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
+        self.under_way: deque[tuple[NDArray, dict[str, NDArray]]] = deque()
+
+    def __call__(self) -> list:
+        index, inputs = next(self.todo)
+        self.under_way.append((index, inputs))
+        return [[TensorCPU(self.image(i), self.layout) for i in index], *inputs.values()]
+
+
+class _Stream:
+    def __init__(self, split: Split, spec: Spec, names: tuple[str, ...], policy: str, largest: int) -> None:
+        if spec.image_size < 32 or spec.image_size % 32:
+            raise InputError(f"--image-size {spec.image_size}: must be a multiple of 32")
+        if spec.decode == "gpu":
+            resolve_decode(spec.decode, spec.device)
+        self._split, self._spec = split, spec
+        self._feed = _Feed(split.jpeg, "")
+        # DALI's augmentations call two operators by names that DALI itself warns about.
+        with warnings.catch_warnings(record=True):
+            self._pipe: Pipeline | None = graph(
+                self._feed,
+                names,
+                spec,
+                policy,
+                batch_size=largest,
+                num_threads=spec.threads,
+                device_id=_device_id(spec.device),
+            )
+
+    def _take(self) -> Batch:
+        if self._pipe is None:
+            raise RuntimeError("the stream is closed")
+        # Bound to torch's stream: DALI's work is waited for there, and memory is given back in its order.
+        stream = torch.cuda.current_stream(self._spec.device) if self._spec.device.type == "cuda" else None
+        (images,) = self._pipe.outputs(cuda_stream=stream)
+        index, _ = self._feed.under_way.popleft()
+        self._pipe.schedule_run()
+        x = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W], a view
+        y = torch.from_numpy(self._split.labels[index])
+        if stream is not None:
+            y = y.pin_memory().to(self._spec.device, non_blocking=True)
+        return Batch(x, y, index)
+
+    def close(self) -> None:
+        """Ends DALI's threads and frees its buffers."""
+        self._pipe = None
+
+
+class TrainStream(_Stream):
+    """Endless micro-batches of a rank, from (epoch, step) on: `accumulate` of them make its share of a step.
+
+    `batch_size` is that of all ranks together. The last incomplete batch of an epoch is left out.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        spec: Spec,
+        augment: Augment,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        step: int = 0,
+    ) -> None:
+        if not 1 <= batch_size <= len(split):
+            raise InputError(f"--batch-size {batch_size}: the {split.name} split has {len(split)} images")
+        if batch_size < world_size * accumulate:
+            raise InputError(
+                f"--batch-size {batch_size}: too small for {world_size} ranks with --accumulate {accumulate}"
+            )
+        self.steps_per_epoch = len(split) // batch_size
+        names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+        largest = -(-batch_size // (world_size * accumulate))
+        super().__init__(split, spec, names, augment.policy, largest)
+
+        def batches() -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
+            first = step
+            for now in itertools.count(epoch):
+                order, draws = epoch_order(len(split), seed, now), epoch_draws(len(split), seed, now)
+                for at in range(first, len(split) // batch_size):
+                    share = order[step_share(len(split), batch_size, at, rank, world_size)]
+                    for micro in range(accumulate):
+                        index = share[part(len(share), micro, accumulate)]
+                        yield index, train_inputs(augment, draws[index], split.sizes[index], spec.image_size)
+                first = 0
+
+        self._feed.todo = batches()
+        assert self._pipe is not None
+        self._pipe.schedule_run()
+
+    def __iter__(self) -> TrainStream:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._take()
+
+
+class EvalStream(_Stream):
+    """A rank's share of a split, in order, each sample once. Can be iterated again and again, one at a time.
+
+    `batch_size` is per rank; the last batch may be smaller.
+    """
+
+    def __init__(
+        self, split: Split, spec: Spec, *, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if world_size > len(split):
+            raise InputError(f"{world_size} ranks: the {split.name} split has {len(split)} images")
+        self._share = np.arange(len(split))[part(len(split), rank, world_size)]
+        self._batch_size = min(batch_size, len(self._share))
+        super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._share) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._pipe is None:
+            raise RuntimeError("the stream is closed")
+        self._drain(self._pipe)
+        self._feed.todo = self._batches()
+        self._pipe.schedule_run()
+        for _ in range(len(self)):
+            yield self._take()
+
+    def _batches(self) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
+        for first in range(0, len(self._share), self._batch_size):
+            index = self._share[first : first + self._batch_size]
+            yield index, eval_inputs(self._split.sizes[index], self._spec.image_size, self._spec.eval_crop)
+
+    def _drain(self, pipe: Pipeline) -> None:
+        """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
+        self._feed.todo = iter(())
+        while self._feed.under_way:
+            pipe.outputs()
+            self._feed.under_way.popleft()
+        pipe.reset()
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
