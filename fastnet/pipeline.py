@@ -39,6 +39,7 @@ from fastnet.augment import (
 from fastnet.cli import InputError
 from fastnet.config import Augment
 from fastnet.data import Split
+from fastnet.raw import RawImages
 
 PREFETCH = 2
 
@@ -92,7 +93,7 @@ def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> 
     Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
     """
     forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
-    given: list[Any] = fn.external_source(
+    given: Any = fn.external_source(
         source=source,
         num_outputs=len(forms),
         dtype=[form[0] for form in forms],
@@ -100,7 +101,8 @@ def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> 
         batch=True,
         no_copy=True,
     )
-    images, inputs = given[0], {name: given[1 + i] for i, name in enumerate(names)}
+    images: Any = given[0]
+    inputs = {name: given[1 + i] for i, name in enumerate(names)}
     if spec.decode == "gpu":
         # The same chroma upsampling as on the CPU: a network sees the same pixels wherever they are decoded.
         images = fn.decoders.image(
@@ -147,7 +149,10 @@ class _Stream:
         if spec.decode == "gpu":
             resolve_decode(spec.decode, spec.device)
         self._split, self._spec = split, spec
-        self._feed = _Feed(split.jpeg, "")
+        if spec.decode == "raw":
+            self._feed = _Feed(RawImages(split, spec.threads), "HWC")
+        else:
+            self._feed = _Feed(split.jpeg, "")
         # DALI's augmentations call two operators by names that DALI itself warns about.
         with warnings.catch_warnings(record=True):
             self._pipe: Pipeline | None = graph(
