@@ -53,8 +53,10 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "the output directory"
-        fail(f"{where}: no space left on the disk; free some and run the same command again",
-             debug="--debug" in argv)
+        fail(
+            f"{where}: no space left on the disk; free some and run the same command again",
+            debug="--debug" in argv,
+        )
     sys.exit(0)
 
 

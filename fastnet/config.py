@@ -1,0 +1,233 @@
+"""What a run is made of: frozen dataclasses, presets as functions, and the command line derived from both.
+
+A field is a flag: `batch_size` is `--batch-size`. The nested `Augment` contributes its own flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_type_hints
+
+from fastnet.cli import InputError, Parser
+
+STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
+
+
+def _flag(default: Any, group: str, text: str, **extra: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, **extra})
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What training does to an image. Probabilities in 0..1, areas as fractions of the image."""
+
+    policy: str = _flag(
+        "none",
+        "augmentation",
+        "colour and shape changes",
+        flag="--augment",
+        choices=("none", "jitter", "trivial", "rand"),
+    )
+    min_crop: float = _flag(
+        0.25, "augmentation", "smallest area of the random resized crop", above=0, within=(0, 1)
+    )
+    flip: float = _flag(0.5, "augmentation", "probability of a horizontal flip", within=(0, 1))
+    erase: float = _flag(0.0, "augmentation", "probability of erasing a random box", within=(0, 1))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Sizes in pixels, batch sizes in images, learning rates per global batch."""
+
+    network: str = _flag("baseline", "network", "which network to train", choices=("baseline", "lstm"))
+    depth: int = _flag(18, "network", "layers of the ResNet", choices=(18, 34, 50))
+    image_size: int = _flag(224, "network", "input height and width, a multiple of 32", least=32)
+    stages: tuple[str, ...] = _flag(
+        ("conv4", "conv5"), "network", "stages read by LSTMs, comma separated, of conv2 to conv5"
+    )
+    seq_len: int = _flag(64, "network", "channels in a sequence, a divisor of the stages' channels", least=1)
+    weights: str = _flag("imagenet", "network", "imagenet, none, or a file of ResNet weights or a checkpoint")
+    backend: Literal["auto", "triton", "torch"] = _flag(
+        "auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch")
+    )
+
+    decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
+    threads: int = _flag(0, "data", "DALI threads of a rank; 0 shares the cores among the ranks", least=0)
+    eval_crop: float = _flag(
+        1.0, "data", "side of the evaluation's centre crop / resized side", above=0, within=(0, 1)
+    )
+    augment: Augment = field(default_factory=Augment)
+
+    batch_size: int = _flag(256, "training", "images of an optimiser step, over all ranks", least=1)
+    accumulate: int = _flag(1, "training", "parts in which a rank computes its share of a batch", least=1)
+    head_epochs: int = _flag(0, "training", "epochs with frozen convolutions (at most)", least=0)
+    plateau: int = _flag(0, "training", "end the frozen phase after N epochs without a better top-1", least=0)
+    plateau_delta: float = _flag(0.001, "training", "what counts as a better top-1 there", within=(0, 1))
+    epochs: int = _flag(15, "training", "epochs of the whole network", least=0)
+    lr: float = _flag(0.02, "training", "peak learning rate of the whole network", above=0)
+    head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
+    optimizer: str = _flag("sgd", "training", "update rule", choices=("sgd", "adamw"))
+    head_optimizer: str = _flag(
+        "adamw", "training", "update rule of the frozen phase", choices=("sgd", "adamw")
+    )
+    momentum: float = _flag(0.9, "training", "momentum of sgd (Nesterov)", within=(0, 1))
+    weight_decay: float = _flag(1e-4, "training", "weight decay of all but biases and batch norms", least=0)
+    label_smoothing: float = _flag(0.1, "training", "label smoothing", within=(0, 1))
+    warmup: float = _flag(1.0, "training", "epochs of linear warmup at the start of a phase", least=0)
+    precision: str = _flag(
+        "auto", "training", "arithmetic of the network", choices=("auto", "bf16", "fp16", "fp32")
+    )
+    apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
+    seed: int = _flag(0, "training", "seed of weights, order and augmentation", least=0)
+    max_steps: int = _flag(0, "training", "stop after N steps in all; 0 runs to the end", least=0)
+    checkpoint_every: int = _flag(
+        500, "training", "steps between checkpoints (each epoch saves too)", least=1
+    )
+    log_every: int = _flag(20, "training", "steps between records of the training loss", least=1)
+
+    def __post_init__(self) -> None:
+        for owner in (self, self.augment):
+            for item in dataclasses.fields(owner):
+                _check(_flag_name(item), getattr(owner, item.name), item.metadata)
+        if self.image_size % 32:
+            below, above = self.image_size // 32 * 32, -(-self.image_size // 32) * 32
+            raise InputError(
+                f"--image-size {self.image_size}: must be a multiple of 32, such as {below or above} or {above}"
+            )
+        unknown = [stage for stage in self.stages if stage not in STAGE_STRIDES]
+        if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
+            raise InputError(
+                f"--stages {','.join(self.stages)}: name some of {', '.join(STAGE_STRIDES)}, each at most once"
+            )
+        if self.network == "lstm":
+            for stage in self.stages:
+                channels = stage_channels(self.depth, stage)
+                if channels % self.seq_len:
+                    raise InputError(
+                        f"--seq-len {self.seq_len}: must divide the {channels} channels of {stage}"
+                    )
+        if self.head_epochs + self.epochs == 0:
+            raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
+
+    @property
+    def lstm_stages(self) -> list[tuple[int, int, int]]:
+        """(groups, sequence length, hidden size) of each stage that LSTMs read, shallow to deep."""
+        return [
+            (
+                stage_channels(self.depth, stage) // self.seq_len,
+                self.seq_len,
+                (self.image_size // STAGE_STRIDES[stage]) ** 2,
+            )
+            for stage in sorted(self.stages)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Config:
+        return Config(
+            **{**values, "stages": tuple(values["stages"]), "augment": Augment(**values["augment"])},
+        )
+
+
+def stage_channels(depth: int, stage: str) -> int:
+    """Channels of a ResNet stage's output (He et al. 2016, table 1; bottlenecks widen by four)."""
+    width = {"conv2": 64, "conv3": 128, "conv4": 256, "conv5": 512}[stage]
+    return width * (4 if depth >= 50 else 1)
+
+
+def paper() -> Config:
+    """The paper's experiments: pretrained ResNet-18 at 224 px, frozen until flat, then everything."""
+    return Config(head_epochs=20, plateau=3)
+
+
+def fast() -> Config:
+    """A shorter run at 128 px that keeps both phases."""
+    return Config(image_size=128, batch_size=512, head_epochs=3, epochs=8, lr=0.04, head_lr=0.004)
+
+
+def sample() -> Config:
+    """Minutes on a CPU: the generated sample at its own 64 px, from random weights."""
+    return Config(
+        image_size=64,
+        weights="none",
+        batch_size=64,
+        head_epochs=2,
+        epochs=8,
+        lr=0.05,
+        log_every=10,
+        warmup=0.5,
+        augment=Augment(min_crop=0.35),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"paper": paper, "sample": sample, "fast": fast}
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds a flag for every field of `Config`, grouped. What is not given comes from the preset."""
+    groups: dict[str, Any] = {}
+    for owner in (Config, Augment):
+        types = get_type_hints(owner)
+        for item in dataclasses.fields(owner):
+            if item.name == "augment":
+                continue
+            meta, kind = item.metadata, types[item.name]
+            if meta["group"] not in groups:
+                groups[meta["group"]] = parser.add_argument_group(meta["group"])
+            text = f"{meta['help']} ({_preset_values(owner, item.name)})"
+            options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": item.name}
+            if kind is bool:
+                options["action"] = "store_true"
+            elif "choices" in meta:
+                options.update(type=int if kind is int else str, choices=meta["choices"])
+            elif kind in (int, float, str):
+                options.update(type=kind, metavar={int: "N", float: "X", str: "WHAT"}[kind])
+            else:
+                options.update(type=_comma_list, metavar="LIST")
+            groups[meta["group"]].add_argument(_flag_name(item), **options)
+
+
+def _preset_values(owner: type, name: str) -> str:
+    values = {}
+    for preset, make in PRESETS.items():
+        config = make()
+        value = getattr(config if owner is Config else config.augment, name)
+        values[preset] = ",".join(value) if isinstance(value, tuple) else str(value)
+    if len(set(values.values())) == 1:
+        return f"default {values['paper']}"
+    return ", ".join(f"{preset} {value}" for preset, value in values.items())
+
+
+def from_flags(preset: Config, flags: dict[str, Any]) -> Config:
+    """`preset` with the given flags put over it. Raises InputError for a value out of range."""
+    inner = {item.name for item in dataclasses.fields(Augment)}
+    outer = {item.name for item in dataclasses.fields(Config)}
+    augment = dataclasses.replace(preset.augment, **{k: v for k, v in flags.items() if k in inner})
+    return dataclasses.replace(preset, augment=augment, **{k: v for k, v in flags.items() if k in outer})
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _flag_name(item: dataclasses.Field) -> str:
+    return item.metadata.get("flag", "--" + item.name.replace("_", "-"))
+
+
+def _check(flag: str, value: Any, meta: Any) -> None:
+    if "choices" in meta and value not in meta["choices"]:
+        raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, meta['choices']))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{flag} {value}: must be a finite number")
+    if "least" in meta and value < meta["least"]:
+        raise InputError(f"{flag} {value}: must be at least {meta['least']}")
+    if "above" in meta and value <= meta["above"]:
+        raise InputError(f"{flag} {value}: must be greater than {meta['above']}")
+    if "within" in meta and not meta["within"][0] <= value <= meta["within"][1]:
+        raise InputError(f"{flag} {value}: must lie between {meta['within'][0]} and {meta['within'][1]}")

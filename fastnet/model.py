@@ -1,0 +1,145 @@
+"""The two networks: a ResNet with a linear layer, and a ResNet whose stages are read by channel-group LSTMs.
+
+Legend: B batch, C channels, H and W height and width of a stage, D width of the head's input, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torchvision
+from fastnet_kernels import ChannelGroupLSTM
+from torch import Tensor, nn
+
+from fastnet.cli import InputError
+from fastnet.config import Config, stage_channels
+
+LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
+
+
+class Network(nn.Module):
+    """ResNet (He et al. 2016) with one of two heads.
+
+    baseline: global average of conv5, linear layer. lstm: each stage of `config.stages` is cut along the channels
+    into groups, an LSTM per group runs over its channels, and the last hidden states feed a linear layer.
+    Images [B, 3, image_size, image_size] in channels_last -> logits [B, K] in float32.
+    """
+
+    def __init__(self, config: Config, classes: int) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.frozen = False
+        self.stages = sorted(config.stages) if config.network == "lstm" else ["conv5"]
+        resnet = torchvision.models.get_model(f"resnet{config.depth}", weights=None)
+        resnet.fc = nn.Identity()
+        for stage, layer in LAYERS.items():
+            if stage > self.stages[-1]:
+                delattr(resnet, layer)
+        self.backbone = resnet
+        self.lstm: ChannelGroupLSTM | None = None
+        if config.network == "lstm":
+            self.lstm = ChannelGroupLSTM(config.lstm_stages, backend=config.backend)
+            width = sum(groups * hidden for groups, _, hidden in config.lstm_stages)
+        else:
+            width = stage_channels(config.depth, "conv5")
+        self.classifier = nn.Linear(width, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, K]. Raises ValueError if `x` would have to be copied into channels_last."""
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError("the images must be channels_last: they are the pipeline's, without a copy")
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            features = self.features(x)
+        with torch.profiler.record_function("lstm" if self.lstm else "pool"):
+            if self.lstm is not None:
+                z = self.lstm(features)  # [B, D]
+            else:
+                z = features[-1].mean(dim=(2, 3))  # [B, D]
+        return self.classifier(z).float()  # [B, K]
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the stages that the head reads, each [B, C, H, W], shallow to deep."""
+        with torch.profiler.record_function("backbone"):
+            net = self.backbone
+            x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            outputs = []
+            for stage, layer in LAYERS.items():
+                if stage > self.stages[-1]:
+                    break
+                x = getattr(net, layer)(x)
+                if stage in self.stages:
+                    outputs.append(x)
+            return outputs
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Frozen, the convolutions and batch norms have no gradient and stay in evaluation mode."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        if self.lstm is not None:
+            yield from self.lstm.parameters()
+        yield from self.classifier.parameters()
+
+
+def load_backbone(network: Network, depth: int, weights: str) -> None:
+    """Puts ResNet weights into `network.backbone`: `imagenet` (torchvision's), `none`, or a file.
+
+    A file holds torchvision's ResNet state dict or a fastnet checkpoint. Raises InputError if the weights cannot be
+    had or do not fit.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        state = _imagenet_state(depth)
+    else:
+        state = _file_state(Path(weights))
+    own = network.backbone.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            raise InputError(f"--weights {weights}: has no tensor {name}; give weights of a ResNet-{depth}")
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"--weights {weights}: {name} is {list(state[name].shape)}, ResNet-{depth} has {list(tensor.shape)}"
+            )
+    network.backbone.load_state_dict({name: state[name] for name in own})
+
+
+def _imagenet_state(depth: int) -> dict[str, Tensor]:
+    enum = torchvision.models.get_model_weights(f"resnet{depth}")
+    try:
+        return dict(enum.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--weights imagenet: cannot download ResNet-{depth}'s weights ({error}); "
+            "give a local file by --weights FILE, or --weights none"
+        ) from error
+
+
+def _file_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"--weights {path}: no such file; give imagenet, none, or a file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"--weights {path}: not a readable PyTorch file: {error}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = {
+            k.removeprefix("backbone."): v for k, v in loaded["model"].items() if k.startswith("backbone.")
+        }
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise InputError(f"--weights {path}: holds no state dict of tensors")
+    return loaded

@@ -1,0 +1,150 @@
+"""What a run leaves behind besides checkpoints: manifest.json, metrics.jsonl, TensorBoard events, progress lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import fastnet
+from fastnet.files import replaced
+
+VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "numpy", "pyarrow")
+SECONDS_BETWEEN_LINES = 30
+
+
+class Recorder:
+    """Rank 0's records of a run directory; on other ranks every method does nothing.
+
+    `kept` is the length in bytes of metrics.jsonl at the checkpoint that the run continues from: what was written
+    after it is cut off, since those steps are done again.
+    """
+
+    def __init__(self, run: Path, *, main: bool, step: int, kept: int) -> None:
+        self.main = main
+        self.path = run / "metrics.jsonl"
+        self.bar: tqdm | None = None
+        if main:
+            self.path.touch()
+            with self.path.open("r+b") as file:
+                file.truncate(kept)
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.main:
+            self._close_bar()
+            self.board.close()
+
+    def size(self) -> int:
+        """Bytes in metrics.jsonl, to be kept by the checkpoint about to be written."""
+        return self.path.stat().st_size if self.main else 0
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Appends one line to metrics.jsonl and puts the numbers of steps and epochs on TensorBoard."""
+        if not self.main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": kind, **values}) + "\n")
+        if kind == "phase":
+            return
+        for key, value in values.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"{kind}/{key}", value, values["step"])
+
+    def epoch(self, title: str, trained: dict[str, Any], scores: dict[str, float]) -> None:
+        """Records an epoch: what training says of itself and the validation scores."""
+        val = {f"val_{key}": scores[key] for key in ("loss", "top1", "top5")}
+        self.event("epoch", **trained, **val, val_count=scores["count"])
+        self.say(
+            f"{title}: train loss {trained['train_loss']:.3f} top-1 {trained['train_top1']:.3f}, val loss "
+            f"{scores['loss']:.3f} top-1 {scores['top1']:.3f} top-5 {scores['top5']:.3f}, "
+            f"{trained['images_per_s']:.0f} images/s, waits for data {trained['data_wait']:.0%}"
+        )
+
+    def begin_epoch(self, title: str, done: int, steps: int) -> None:
+        self.title, self.done, self.steps, self.said = title, done, steps, time.monotonic()
+        if self.main and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=done, desc=title, unit="step", leave=False)
+
+    def step(self) -> None:
+        """Shows one step more: on the bar, or where there is no terminal in a line every half minute."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update()
+        elif time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            self.say(f"{self.title}: step {self.done}/{self.steps}")
+
+    def say(self, line: str) -> None:
+        if self.main:
+            self._close_bar()
+            print(line, file=sys.stderr, flush=True)
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def last_scores(run: Path) -> dict[str, Any]:
+    """The scores of the last evaluation in metrics.jsonl: loss, top1, top5, count; empty before the first one."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    epochs = [event for event in map(json.loads, lines) if event["event"] == "epoch"]
+    return {key: epochs[-1][f"val_{key}"] for key in ("loss", "top1", "top5", "count")} if epochs else {}
+
+
+def write_manifest(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:
+    """Writes manifest.json: the run's `facts`, and one entry of `sessions` for each start of it."""
+    path = run / "manifest.json"
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    sessions.append({"started": started, **session, **surroundings()})
+    with replaced(path) as beside:
+        beside.write_text(json.dumps({**facts, "sessions": sessions}, indent=1) + "\n", encoding="utf-8")
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, git revision and machine, as far as they can be told."""
+    versions = {"fastnet": fastnet.__version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "versions": versions,
+        "git": git_revision(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+    }
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, with + behind it if files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def cpu_name() -> str:
+    """The processor's model as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

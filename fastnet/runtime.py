@@ -1,0 +1,205 @@
+"""Where a process runs: its rank under torchrun, its device, its arithmetic, and how ranks agree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastnet.cli import InputError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Runtime:
+    """One rank's surroundings. `amp` is the autocast dtype, None for float32; `control` carries host-side votes."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    amp: torch.dtype | None = None
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Images arrive in half precision where the network computes in it; DALI has no bfloat16."""
+        return torch.float32 if self.amp is None else torch.float16
+
+    def say(self, line: str) -> None:
+        """Prints a line once, on rank 0, to standard error: standard output is for results."""
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """A named range that torch.profiler and, on a GPU, Nsight Systems show."""
+        if self.device.type == "cuda":
+            torch.cuda.nvtx.range_push(name)
+        with torch.profiler.record_function(name):
+            yield
+        if self.device.type == "cuda":
+            torch.cuda.nvtx.range_pop()
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums `tensor` over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank; an InputError on any of them is raised on all, so that none waits.
+
+        The ranks may do different things in it, but no collective operation.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except InputError as error:
+            problem = str(error)
+        if self.world_size > 1:
+            problems: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(problems, problem, group=self.control)
+            problem = next((p for p in problems if p), None)
+        if problem:
+            raise InputError(problem)
+        return result  # type: ignore[return-value]
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 and gives every rank its result, or its InputError."""
+        result = self.together(lambda: action() if self.is_main else None)
+        if self.world_size == 1:
+            return result  # type: ignore[return-value]
+        box = [result]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]  # type: ignore[return-value]
+
+
+def start() -> Runtime:
+    """Joins the process group that torchrun's environment describes, or runs alone.
+
+    NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
+    Raises InputError for a port in use or more ranks than GPUs.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise InputError(
+                f"--nproc_per_node {local_world_size}: more ranks than the {torch.cuda.device_count()} GPUs here"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(threads_per_rank())
+    runtime = Runtime(device, rank, world_size)
+    if world_size > 1:
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                device_id=device if device.type == "cuda" else None,
+                timeout=timedelta(minutes=10),
+            )
+            runtime.control = dist.new_group(backend="gloo")
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            if "EADDRINUSE" in str(error) or "already in use" in str(error):
+                reason = "the port is in use; choose another by --master_port"
+            raise InputError(f"{address}: ranks cannot meet: {reason}") from error
+    return runtime
+
+
+def solo() -> Runtime:
+    """One process without ranks, for the commands that read a trained network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Runtime(device, amp=choose_precision("auto", device))
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def threads_per_rank() -> int:
+    """The cores this process may use, shared among the ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype: bf16 on sm_80 and newer, fp16 on older GPUs, float32 (None) on the CPU."""
+    if device.type == "cpu":
+        if choice not in ("auto", "fp32"):
+            raise InputError(f"--precision {choice}: needs a GPU; use auto or fp32 here")
+        return None
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    if choice == "bf16" and not modern:
+        raise InputError("--precision bf16: this GPU is older than sm_80; use fp16")
+    if choice == "auto":
+        choice = "bf16" if modern else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[choice]
+
+
+class StopVote:
+    """While entered, SIGTERM and SIGINT ask for a stop, which all ranks take after the same step.
+
+    Each step starts an all-reduce of the flags and reads the one of the step before, which is long done:
+    the ranks agree without waiting for each other.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.asked = False
+        self.pending: tuple[torch.Tensor, Any] | None = None
+
+    def __enter__(self) -> StopVote:
+        self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if exception[0] is None:
+            self.settle()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def after_step(self) -> bool:
+        """True if every rank is to stop now. Collective: call it once after each step."""
+        if self.runtime.world_size == 1:
+            return self.asked
+        agreed = self.settle()
+        flag = torch.tensor([int(self.asked)])
+        self.pending = (flag, dist.all_reduce(flag, group=self.runtime.control, async_op=True))
+        return agreed
+
+    def settle(self) -> bool:
+        """Waits for the vote under way, if any, and returns its outcome."""
+        if self.pending is None:
+            return False
+        flag, work = self.pending
+        work.wait()
+        self.pending = None
+        return bool(flag.item())

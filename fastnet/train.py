@@ -1,0 +1,233 @@
+"""Trains one network: phases, epochs, evaluation, records.
+
+torchrun --nproc_per_node=8 fastnet/train.py
+python -m fastnet.train sample --network lstm --run runs/lstm
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# As a script, Python puts fastnet/ first on the path; the package is found from the directory above.
+if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(sys.path[0])
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from fastnet_kernels import op
+
+from fastnet import checkpoint, engine, phases, record
+from fastnet.checkpoint import Position
+from fastnet.cli import InputError, Parser
+from fastnet.cli import run as run_command
+from fastnet.config import PRESETS, Config, add_flags, from_flags
+from fastnet.data import PreparedSet, default_set
+from fastnet.model import Network, load_backbone
+from fastnet.pipeline import EvalStream, Spec, TrainStream, resolve_decode
+from fastnet.record import Recorder
+from fastnet.runtime import Runtime, StopVote, choose_precision, start, stop, threads_per_rank
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(prog="train.py", description="Trains one network and continues a stopped run.")
+    parser.add_argument(
+        "preset", nargs="?", choices=list(PRESETS), help="what is not given below; default: by the data"
+    )
+    parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory; default: runs/NETWORK")
+    add_flags(parser)
+    flags = vars(parser.parse_args(argv))
+
+    runtime = start()
+    try:
+        data = runtime.together(lambda: default_set(flags["data"]))
+        preset = flags["preset"] or ("sample" if data.source["kind"] == "sample" else "paper")
+        config = from_flags(PRESETS[preset](), flags)
+        runtime.amp = choose_precision(config.precision, runtime.device)
+        return train(config, data, flags["run"] or Path("runs") / config.network, runtime)
+    finally:
+        stop()
+
+
+def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dict[str, Any]:
+    """Trains `config` on `data` in the directory `run`, from its last checkpoint if it has one.
+
+    Returns the last evaluation (loss, top1, top5, count), how far the run is and its files. Collective over ranks.
+    """
+    torch.manual_seed(config.seed)
+    network = Network(config, len(data.classes))
+    saved = runtime.from_main(lambda: open_run(run, config, data))
+    if saved:
+        runtime.together(lambda: checkpoint.load_model(network, run / "last.pt", saved))
+    elif runtime.is_main:
+        runtime.together(lambda: load_backbone(network, config.depth, config.weights))
+    else:
+        runtime.together(lambda: None)
+    network.to(runtime.device)
+
+    position = Position(**saved["position"]) if saved else Position()
+    if position.done or 0 < config.max_steps <= position.step:
+        runtime.say(f"{run}: already done up to step {position.step}; give another --run to train anew")
+        return outcome(run, position)
+    chosen = runtime.together(lambda: choices(config, runtime))
+    train_stream, val_stream = runtime.together(lambda: open_streams(config, data, runtime, position, chosen))
+    if runtime.is_main:
+        write_manifest(run, config, data, chosen, position)
+    runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
+    if saved:
+        runtime.say(f"{run}: continues after step {position.step}")
+    recorder = Recorder(run, main=runtime.is_main, step=position.step, kept=position.metrics_bytes)
+    plan = phases.plan(config)
+    facts = {"data_hash": data.hash, "classes": data.classes, "words": data.words}
+
+    with StopVote(runtime) as vote, recorder, closing(train_stream), closing(val_stream):
+
+        def save(job: engine.Job, metrics_bytes: int, best: bool = False) -> None:
+            """Keeps all that is needed to continue from here; refuses to after a loss that was not finite."""
+            position.totals = engine.summed_totals(job)
+            position.metrics_bytes = metrics_bytes
+            content = {**engine.state(job), **facts}
+            runtime.together(
+                lambda: checkpoint.save(run / "last.pt", content, best=best) if runtime.is_main else None
+            )
+
+        def after_step(job: engine.Job) -> bool:
+            """Records and saves when it is time; True asks the epoch to end here."""
+            recorder.step()
+            if position.step % config.log_every == 0:
+                recorder.event("step", **engine.interval(job))
+            if vote.after_step():
+                return True
+            if position.step % config.checkpoint_every == 0:
+                save(job, recorder.size())
+            return position.step == config.max_steps
+
+        for index, phase in enumerate(plan[position.phase :], position.phase):
+            job = engine.begin_phase(config, phase, network, train_stream, runtime, position)
+            if position.phase_epoch == position.step_in_epoch == 0:
+                recorder.event("phase", phase=phase.name, step=position.step)
+            elif saved:
+                engine.restore(job, saved)
+
+            while position.phase == index:
+                title = f"{phase.name} epoch {position.phase_epoch + 1}/{phase.epochs}"
+                recorder.begin_epoch(title, position.step_in_epoch, train_stream.steps_per_epoch)
+                ended_early = engine.train_epoch(job, after_step)
+                if ended_early and position.step != config.max_steps:
+                    save(job, recorder.size())
+                    runtime.say(f"stopped after step {position.step}, all saved; the same command continues")
+                    return outcome(run, position)
+
+                metrics_bytes = recorder.size()
+                trained = engine.epoch_record(job)
+                engine.share_buffers(network, runtime)
+                scores = engine.evaluate(network, val_stream, runtime)
+                recorder.epoch(title, trained, scores)
+                best = scores["top1"] > position.best_top1
+                if position.step_in_epoch == train_stream.steps_per_epoch:
+                    phases.finish_epoch(plan, position, scores["top1"])
+                    metrics_bytes = recorder.size()
+                save(job, metrics_bytes, best)
+                if position.step == config.max_steps:
+                    runtime.say(f"stopped after --max-steps {config.max_steps}, all saved")
+                    return outcome(run, position)
+    return outcome(run, position)
+
+
+def open_run(run: Path, config: Config, data: PreparedSet) -> dict[str, Any] | None:
+    """The run's last checkpoint, or None where there is none yet. Makes the directory. Rank 0's work."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--run {run}: cannot be made ({error.strerror}); choose another place") from error
+    checkpoint.remove_leftovers(run)
+    if not (run / "last.pt").exists():
+        return None
+    saved = checkpoint.load(run / "last.pt")
+    checkpoint.check_same_run(run, saved, config, data.hash)
+    return saved
+
+
+def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What runs where, with everything that was "auto" resolved."""
+    backend = "none"
+    if config.network == "lstm":
+        try:
+            backend = op.choose(config.backend, runtime.device.type)
+        except RuntimeError as error:
+            raise InputError(f"--backend {config.backend}: {error}") from error
+    return {
+        "device": runtime.device.type,
+        "ranks": runtime.world_size,
+        "precision": str(runtime.amp or torch.float32).removeprefix("torch."),
+        "decode": resolve_decode(config.decode, runtime.device),
+        "threads": config.threads or threads_per_rank(),
+        "lstm backend": backend,
+    }
+
+
+def open_streams(
+    config: Config, data: PreparedSet, runtime: Runtime, position: Position, chosen: dict[str, Any]
+) -> tuple[TrainStream, EvalStream]:
+    """The training stream from where the run is, and the validation stream."""
+    spec = Spec(
+        image_size=config.image_size,
+        device=runtime.device,
+        dtype=runtime.image_dtype,
+        decode=chosen["decode"],
+        threads=chosen["threads"],
+        eval_crop=config.eval_crop,
+    )
+    train, val = data.splits["train"], data.splits["val"]
+    steps = len(train) // config.batch_size
+    ends_here = position.step_in_epoch == steps
+    stream = TrainStream(
+        train,
+        spec,
+        config.augment,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        epoch=position.epoch + ends_here,
+        step=0 if ends_here else position.step_in_epoch,
+    )
+    share = max(1, config.batch_size // runtime.world_size // config.accumulate)
+    return stream, EvalStream(val, spec, batch_size=share, rank=runtime.rank, world_size=runtime.world_size)
+
+
+def write_manifest(
+    run: Path, config: Config, data: PreparedSet, chosen: dict[str, Any], position: Position
+) -> None:
+    """The run's facts, and one entry for each time it was started."""
+    facts = {
+        "config": config.to_json(),
+        "data": {"name": data.name, "hash": data.hash, "source": data.source, "path": str(data.path)},
+    }
+    record.write_manifest(run, facts, {"from_step": position.step, **chosen})
+
+
+def outcome(run: Path, position: Position) -> dict[str, Any]:
+    """The command's result: the last evaluation, if there was one, and where things are."""
+    files = [str(path) for path in sorted(run.iterdir())]
+    return {
+        **record.last_scores(run),
+        "done": position.done,
+        "step": position.step,
+        "run": str(run),
+        "files": files,
+    }
+
+
+def cli() -> NoReturn:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
