@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +19,15 @@ class InputError(Exception):
     """Bad input. The message is one line that names what is wrong and what to do."""
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the flags that every command has."""
 
@@ -26,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Formatter,
         )
         common = self.add_argument_group("output")
         common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -45,7 +55,7 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     argv = sys.argv[1:]
     try:
         result = main(argv)
-        if "--json" in argv:
+        if "--json" in argv and is_main_rank():
             print(json.dumps(result), flush=True)
     except InputError as error:
         fail(str(error), debug="--debug" in argv)
@@ -64,5 +74,11 @@ def fail(message: str, *, debug: bool) -> NoReturn:
     """Prints one line on stderr (behind the traceback with `debug`) and exits with code 2."""
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if is_main_rank():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def is_main_rank() -> bool:
+    """Ranks share their result and their bad input: rank 0 speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
 from fastnet.cli import InputError, Parser
@@ -141,32 +141,36 @@ def stage_channels(depth: int, stage: str) -> int:
     return width * (4 if depth >= 50 else 1)
 
 
-def paper() -> Config:
-    """The paper's experiments: pretrained ResNet-18 at 224 px, frozen until flat, then everything."""
-    return Config(head_epochs=20, plateau=3)
+def paper(network: str) -> Config:
+    """The paper's experiments: pretrained ResNet-18 at 224 px; the LSTMs first alone until top-1 is flat."""
+    lstm = network == "lstm"
+    return Config(network=network, head_epochs=20 if lstm else 0, plateau=3 if lstm else 0)
 
 
-def fast() -> Config:
-    """A shorter run at 128 px that keeps both phases."""
-    return Config(image_size=128, batch_size=512, head_epochs=3, epochs=8, lr=0.04, head_lr=0.004)
+def fast(network: str) -> Config:
+    """A shorter run at 128 px with the same phases."""
+    return replace(
+        paper(network), image_size=128, batch_size=512, epochs=8, lr=0.04, head_lr=0.004, plateau_delta=0.003
+    )
 
 
-def sample() -> Config:
+def sample(network: str) -> Config:
     """Minutes on a CPU: the generated sample at its own 64 px, from random weights."""
     return Config(
+        network=network,
         image_size=64,
         weights="none",
         batch_size=64,
-        head_epochs=2,
+        head_epochs=2 if network == "lstm" else 0,
         epochs=8,
         lr=0.05,
-        log_every=10,
         warmup=0.5,
+        log_every=10,
         augment=Augment(min_crop=0.35),
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"paper": paper, "sample": sample, "fast": fast}
+PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "sample": sample, "fast": fast}
 
 
 def add_flags(parser: Parser) -> None:
@@ -194,22 +198,28 @@ def add_flags(parser: Parser) -> None:
 
 
 def _preset_values(owner: type, name: str) -> str:
-    values = {}
+    """What the presets say of a field, as briefly as it can be told."""
+    values: dict[str, str] = {}
     for preset, make in PRESETS.items():
-        config = make()
-        value = getattr(config if owner is Config else config.augment, name)
-        values[preset] = ",".join(value) if isinstance(value, tuple) else str(value)
-    if len(set(values.values())) == 1:
-        return f"default {values['paper']}"
-    return ", ".join(f"{preset} {value}" for preset, value in values.items())
+        for network in ("baseline", "lstm"):
+            config = make(network)
+            value = getattr(config if owner is Config else config.augment, name)
+            values[f"{preset} {network}"] = ",".join(value) if isinstance(value, tuple) else str(value)
+    for keep in (0, 1, 2):
+        told = values if keep == 2 else {}
+        for key, value in values.items():
+            told.setdefault(" ".join(key.split()[:keep]), value)
+        if all(told[" ".join(key.split()[:keep])] == value for key, value in values.items()):
+            return "default " + ", ".join(f"{key} {value}".strip() for key, value in told.items())
+    raise AssertionError("unreachable: with keep 2 every preset tells its own value")
 
 
 def from_flags(preset: Config, flags: dict[str, Any]) -> Config:
     """`preset` with the given flags put over it. Raises InputError for a value out of range."""
     inner = {item.name for item in dataclasses.fields(Augment)}
     outer = {item.name for item in dataclasses.fields(Config)}
-    augment = dataclasses.replace(preset.augment, **{k: v for k, v in flags.items() if k in inner})
-    return dataclasses.replace(preset, augment=augment, **{k: v for k, v in flags.items() if k in outer})
+    augment = replace(preset.augment, **{k: v for k, v in flags.items() if k in inner})
+    return replace(preset, augment=augment, **{k: v for k, v in flags.items() if k in outer})
 
 
 def _comma_list(text: str) -> tuple[str, ...]:

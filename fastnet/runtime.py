@@ -91,10 +91,27 @@ class Runtime:
         return box[0]  # type: ignore[return-value]
 
 
-def start() -> Runtime:
-    """Joins the process group that torchrun's environment describes, or runs alone.
+@contextlib.contextmanager
+def joined() -> Iterator[Runtime]:
+    """The ranks that torchrun's environment describes, or a process alone.
 
-    NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
+    An InputError is every rank's, and leaves the group in order; after a crash that is the launcher's work.
+    """
+    runtime = _join()
+    with contextlib.ExitStack() as leave:
+        if runtime.world_size > 1:
+            leave.callback(dist.destroy_process_group)
+        try:
+            yield runtime
+        except InputError:
+            raise
+        except BaseException:
+            leave.pop_all()
+            raise
+
+
+def _join() -> Runtime:
+    """Joins the process group: NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
     Raises InputError for a port in use or more ranks than GPUs.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -134,12 +151,6 @@ def solo() -> Runtime:
     """One process without ranks, for the commands that read a trained network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Runtime(device, amp=choose_precision("auto", device))
-
-
-def stop() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def threads_per_rank() -> int:

@@ -30,7 +30,7 @@ from fastnet.data import PreparedSet, default_set
 from fastnet.model import Network, load_backbone
 from fastnet.pipeline import EvalStream, Spec, TrainStream, resolve_decode
 from fastnet.record import Recorder
-from fastnet.runtime import Runtime, StopVote, choose_precision, start, stop, threads_per_rank
+from fastnet.runtime import Runtime, StopVote, choose_precision, joined, threads_per_rank
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -43,15 +43,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
 
-    runtime = start()
-    try:
+    with joined() as runtime:
         data = runtime.together(lambda: default_set(flags["data"]))
         preset = flags["preset"] or ("sample" if data.source["kind"] == "sample" else "paper")
-        config = from_flags(PRESETS[preset](), flags)
+        config = from_flags(PRESETS[preset](flags.get("network", "baseline")), flags)
         runtime.amp = choose_precision(config.precision, runtime.device)
-        return train(config, data, flags["run"] or Path("runs") / config.network, runtime)
-    finally:
-        stop()
+        result = train(config, data, flags["run"] or Path("runs") / config.network, runtime)
+        if "top1" in result and runtime.is_main:
+            print(
+                f"{result['run']}: step {result['step']}, val top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}, "
+                f"loss {result['loss']:.4f} on {result['count']} images"
+            )
+        return result
 
 
 def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dict[str, Any]:
