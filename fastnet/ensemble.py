@@ -1,0 +1,84 @@
+"""The average of several runs' scores on one split: each run's results beside the average's.
+
+Shapes: R runs, N images of the split, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from fastnet.cli import InputError, Parser
+from fastnet.cli import run as run_command
+from fastnet.data import SPLITS, default_set
+from fastnet.evaluate import Measures, add_flags, check_classes, labelled_split, load_runs, measure, scores_of
+from fastnet.files import replaced
+from fastnet.runtime import solo
+
+
+def table(rows: dict[str, Measures]) -> str:
+    """Results as aligned text, a line per name; the error is 1 - top-1, as the paper gives it."""
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}    top-1    top-5   error    loss"]
+    for name, row in rows.items():
+        lines.append(f"{name:{width}}  {row.top1:7.2%}  {row.top5:7.2%}  {1 - row.top1:.4f}  {row.loss:6.4f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(
+        prog="python -m fastnet.ensemble",
+        description="Averages the softmax scores of runs on one set: results of each and of the average.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directories of two or more runs")
+    parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="save all scores there, as scores.npz")
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if len(args.runs) < 2:
+        raise InputError(f"{args.runs[0]}: an ensemble takes two or more runs; name another")
+
+    data = default_set(args.data)
+    split = labelled_split(data, args.split)
+    runtime = solo()
+    runs = load_runs(args.runs, args.checkpoint, runtime)
+    for name, run in runs.items():
+        check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
+    scores = scores_of(runs, split, args.batch_size, runtime)  # [R, N, K]
+    average = scores.mean(dim=0)  # [N, K]
+
+    each = {name: measure(of_run, split.labels) for name, of_run in zip(runs, scores, strict=True)}
+    together = measure(average, split.labels)
+    print(f"{together.count} {args.split} images")
+    print(table({**each, "average": together}))
+    files = []
+    if args.out:
+        path = args.out / "scores.npz"
+        with replaced(path) as beside, beside.open("wb") as file:
+            np.savez(
+                file,
+                names=np.array(split.names),
+                labels=split.labels,
+                classes=np.array(data.classes),
+                runs=np.array(list(runs)),
+                scores=scores.numpy(),
+                average=average.numpy(),
+            )
+        print(f"scores: {path}")
+        files = [str(path)]
+    return {
+        **together.to_json(),
+        "runs": {name: row.to_json() for name, row in each.items()},
+        "files": files,
+    }
+
+
+def cli() -> NoReturn:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
