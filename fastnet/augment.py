@@ -10,6 +10,9 @@ pixels of the stored image, not rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn
@@ -17,6 +20,7 @@ from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import do_not_convert
 from nvidia.dali.types import DALIDataType
 
 from fastnet.config import Augment
@@ -154,10 +158,13 @@ def _levels(policy: str) -> int:
     return RAND_OPERATIONS if policy == "rand" else 1
 
 
-def _suite(policy: str, image_size: int) -> list:
+def _suite(policy: str, image_size: int) -> list[Callable[..., DataNode]]:
     if policy == "rand":
-        return get_rand_augment_suite(max_translate_abs=round(image_size * 100 / 224))
-    return get_trivial_augment_wide_suite()
+        suite = get_rand_augment_suite(max_translate_abs=round(image_size * 100 / 224))
+    else:
+        suite = get_trivial_augment_wide_suite()
+    # Only the choice among them branches on data; AutoGraph would spend seconds on their tables of magnitudes.
+    return [do_not_convert(partial(operation)) for operation in suite]
 
 
 def _f32(values: NDArray) -> NDArray[np.float32]:

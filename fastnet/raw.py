@@ -41,9 +41,11 @@ class RawImages:
         header = f"fastnet raw 1 {digest}\n".encode().ljust(HEADER)
         if not path.exists():
             _make(path, header, split, int(self.starts[-1]), threads)
-        self.mapped = np.memmap(path, np.uint8, "r")
-        if len(self.mapped) != self.starts[-1] or bytes(self.mapped[:HEADER]) != header:
+        with path.open("rb") as file:
+            same = file.read(HEADER) == header and file.seek(0, os.SEEK_END) == self.starts[-1]
+        if not same:
             raise InputError(f"{path}: decoded from another version of {split.path.name}; remove it")
+        self.mapped = np.memmap(path, np.uint8, "r")
 
     def __call__(self, i: int) -> np.ndarray:
         """Image `i`: uint8 [h, w, 3], a view of the mapped file."""
