@@ -36,6 +36,7 @@ from fastnet.sources import Entry, Source, find_source, sample_source
 
 BATCH_BYTES = 4 << 20  # a record batch's share of memory while it is being written
 CHUNK = 32  # images that a thread checks at a time
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -98,10 +99,12 @@ def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[Prepa
     Raises InputError for bad images, splits that do not fit, a full disk, or anything else being at `out`.
     """
     splits, classes = checked_splits(source, val_fraction)
+    given, out = out, out.resolve()
     with writing_errors(out), exclusive(out):
         there = standing_set(out)
-        if there and source.record["md5"] and there.source["md5"] == source.record["md5"]:
-            return there, False
+        md5 = source.record["md5"]
+        if there and md5 and md5 == there.source["md5"] and "val" in source.splits:
+            return open_set(given), False
         partial = out.with_name(f".{out.name}.partial")
         if partial.exists():
             shutil.rmtree(partial)  # of a run that was killed: who holds the lock knows that nobody writes it
@@ -118,7 +121,7 @@ def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[Prepa
                 )
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return there or open_set(out), there is None
+    return open_set(given), there is None
 
 
 def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[Entry]], list[str]]:
@@ -129,7 +132,7 @@ def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[
         raise InputError(f"{place}: no training images in it")
     if "val" not in splits:
         splits["train"], splits["val"] = without_val(splits["train"], val_fraction, place)
-    classes = sorted({entry.label for entry in splits["train"] if entry.label is not None})
+    classes = {entry.label for entry in splits["train"] if entry.label is not None}
     for name, entries in splits.items():
         for entry in entries:
             if entry.label is None and name != "test":
@@ -138,7 +141,7 @@ def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[
                 raise InputError(
                     f"{place}: {entry.name} in {name} is of class {entry.label}, which train lacks"
                 )
-    return splits, classes
+    return splits, sorted(classes)
 
 
 def without_val(train: list[Entry], fraction: float, place: str) -> tuple[list[Entry], list[Entry]]:
@@ -264,11 +267,21 @@ def image_size(image: bytes, entry: Entry, place: str) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
             picture.load()
-            return picture.height, picture.width
+            # The decoders take a file whose end is missing or zeroed, which DALI may not.
+            if picture.format == "PNG":
+                ended = b"IEND" in image[-16:]
+            else:
+                ended = image.rfind(JPEG_END) > image.rfind(JPEG_SCAN)
+            size = picture.height, picture.width
     except UnidentifiedImageError as error:
         raise InputError(f"{place}: {name} is neither JPEG nor PNG; remove or convert it") from error
     except Exception as error:  # PIL's decoders raise all kinds of errors on bad data
         raise InputError(f"{place}: {name} is a bad image ({error}); get it again or remove it") from error
+    if not ended:
+        raise InputError(
+            f"{place}: {name} is a truncated image (its end is missing); get it again or remove it"
+        )
+    return size
 
 
 def flush_to_disk(path: Path) -> None:
