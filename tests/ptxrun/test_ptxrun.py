@@ -848,7 +848,9 @@ FLOAT = {  # instruction on f32 %r2, %r3 -> b32 %r5
     "cvt.rzi.s32.f32 %r5, %r2": lambda a, b: saturate(np.trunc(a), -(2**31), 2**31 - 1),
     "cvt.rni.u32.f32 %r5, %r2": lambda a, b: saturate(np.rint(a), 0, 2**32 - 1),
     "cvt.rmi.f32.f32 %r5, %r2": lambda a, b: np.floor(a),
-    "cvt.rna.tf32.f32 %r5, %r2": lambda a, b: a.view("u4") + np.uint32(0x1000) & np.uint32(0xFFFFE000),
+    "cvt.rna.tf32.f32 %r5, %r2": lambda a, b: np.where(
+        np.isnan(a), np.uint32(0x7FFFFFFF), a.view("u4") + np.uint32(0x1000) & np.uint32(0xFFFFE000)
+    ),
     "cvt.rn.f16.f32 %rs1, %r2; cvt.f32.f16 %r5, %rs1": lambda a, b: a.astype("f2").astype("f4"),
     "cvt.rz.f16.f32 %rs1, %r2; cvt.f32.f16 %r5, %rs1": lambda a, b: trunc16(a),
     "cvt.rn.bf16.f32 %rs1, %r2; cvt.f32.bf16 %r5, %rs1": lambda a, b: (

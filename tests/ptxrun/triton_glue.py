@@ -1,0 +1,83 @@
+"""Compile Triton kernels for sm_80, without a GPU, and run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from ptxrun.launch import MAX_STEPS, launch
+from ptxrun.stats import Stats
+
+SM80 = GPUTarget("cuda", 80, 32)
+
+
+def compile_triton(
+    fn: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    attrs: Mapping[tuple[int, ...], Any] | None = None,
+    **options: Any,
+) -> tuple[str, Any]:
+    """Cross-compile a @triton.jit function -> (ptx, metadata)."""
+    types = {n: "constexpr" if n in constexprs else signature[n] for n in fn.arg_names}
+    source = ASTSource(fn=fn, signature=types, constexprs=constexprs, attrs=attrs)
+    out = triton.compile(source, target=SM80, options=options)
+    return out.asm["ptx"], out.metadata
+
+
+def run_triton(
+    fn: Any,
+    grid: Sequence[int] | Callable[[Mapping[str, Any]], Sequence[int]],
+    *args: Any,
+    schedule: str = "lockstep",
+    seed: int = 0,
+    check_uninit: bool = True,
+    resident: int = 1,
+    max_steps: int = MAX_STEPS,
+    **kwargs: Any,
+) -> Stats:
+    """Specialise, compile and run fn as fn[grid](*args, **kwargs) would.
+
+    Arrays may be NumPy (uint16 is bfloat16) or torch CPU tensors. The Stats also carry .ptx and .metadata.
+    """
+    if not hasattr(fn, "_pack_args"):
+        raise TypeError("pass the @triton.jit function itself, not an autotuner or heuristics wrapper")
+    backend = make_backend(SM80)
+    bind = create_function_from_signature(fn.signature, fn.params, backend)
+    kwargs = {"debug": False, **{k: as_tensor(v) for k, v in kwargs.items()}}
+    bound, special, given = bind(*map(as_tensor, args), **kwargs)
+    options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, special, given)
+    out = triton.compile(ASTSource(fn, signature, constexprs, attrs), target=SM80, options=options.__dict__)
+    names, meta = [n for n, t in signature.items() if t != "constexpr"], out.metadata
+    stats = launch(
+        out.asm["ptx"],
+        grid(bound) if callable(grid) else grid,
+        [bound[n] for n in names],
+        meta.num_warps,
+        meta.shared,
+        schedule=schedule,
+        seed=seed,
+        check_uninit=check_uninit,
+        resident=resident,
+        names=names,
+        max_steps=max_steps,
+        scratch_bytes=meta.global_scratch_size,
+        entry=meta.name,
+    )
+    stats.ptx, stats.metadata = out.asm["ptx"], meta
+    return stats
+
+
+def as_tensor(x: Any) -> Any:
+    """NumPy arrays as tensors that share their memory; the rest as it is."""
+    if not (isinstance(x, np.ndarray) and x.ndim):
+        return x
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
