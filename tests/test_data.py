@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from official import jpeg
 
 from fastnet.cli import InputError
 from fastnet.data import default_set, open_set
 from fastnet.prepare import prepare
 from fastnet.sources import Entry, Source
+from tests.official import jpeg
 
 RECORD = {"kind": "test", "path": None, "official": None, "bytes": None, "md5": None}
 
