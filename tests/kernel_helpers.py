@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from fastnet_kernels import ChannelGroupLSTM, Stage
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 
 def side(hidden: int) -> tuple[int, int]:
@@ -36,3 +44,49 @@ def lstm_reference(module: ChannelGroupLSTM, features: Sequence[Tensor], dtype: 
             sequence = x[:, g * stage.seq_len : (g + 1) * stage.seq_len].flatten(2).to(dtype)  # [B, T, S]
             outputs.append(next(lstms).to(dtype)(sequence)[1][0][0])
     return torch.cat(outputs, dim=1)
+
+
+class Resources(NamedTuple):
+    """What a cross-compiled kernel takes of a GPU, and its machine code."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    sass: str
+
+    def count(self, instruction: str) -> int:
+        """How many instructions match the pattern."""
+        return len(re.findall(rf"\b{instruction}", self.sass))
+
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+def cross_compile(
+    kernel: Any, arch: int, pointers: dict[str, torch.dtype], constants: dict[str, Any], **options: Any
+) -> Resources:
+    """Compiles for sm_`arch` without a GPU, as a launch with 16-byte aligned pointers and any sizes would."""
+    names = kernel.arg_names
+    signature = {
+        n: "constexpr" if n in constants else POINTERS[pointers[n]] if n in pointers else "i32" for n in names
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in pointers},
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+
+        def tool(*command: str) -> str:
+            arguments = [str(tools / command[0]), *command[1:], file.name]
+            return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+
+        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
+        assert usage is not None
+        return Resources(*map(int, usage.groups()), binary.metadata.shared, tool("nvdisasm", "-c"))
