@@ -22,7 +22,7 @@ def compile_triton(
     fn: Any,
     signature: Mapping[str, str],
     constexprs: Mapping[str, Any],
-    attrs: Mapping[tuple[int, ...], Any] | None = None,
+    attrs: Mapping[Any, Any] | None = None,
     **options: Any,
 ) -> tuple[str, Any]:
     """Cross-compile a @triton.jit function -> (ptx, metadata)."""
@@ -48,7 +48,10 @@ def run_triton(
     Arrays may be NumPy (uint16 is bfloat16) or torch CPU tensors. The Stats also carry .ptx and .metadata.
     """
     if not hasattr(fn, "_pack_args"):
-        raise TypeError("pass the @triton.jit function itself, not an autotuner or heuristics wrapper")
+        raise TypeError(
+            "pass the @triton.jit function itself, not an autotuner or heuristics wrapper, "
+            "and not one defined under TRITON_INTERPRET=1"
+        )
     backend = make_backend(SM80)
     bind = create_function_from_signature(fn.signature, fn.params, backend)
     kwargs = {"debug": False, **{k: as_tensor(v) for k, v in kwargs.items()}}
