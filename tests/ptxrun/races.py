@@ -63,19 +63,18 @@ class Shadow:
 
     def read(self, touch: Touch, strong: bool = False) -> None:
         """Check a read, and remember it unless it is strong (volatile or atomic)."""
-        self.check_read(touch)
-        if strong:
-            return
-        if self.atomic is not None:
-            self.clash("atomic-read", touch, self.atomic.take(touch.granules))
-        self.note_read(touch)
+        self.check_read(touch, strong)
+        if not strong:
+            self.note_read(touch)
 
-    def check_read(self, touch: Touch) -> None:
+    def check_read(self, touch: Touch, strong: bool = False) -> None:
         """Report what a read clashes with, and shared memory that nobody wrote."""
         written = None
         if self.ever_written:
             written = self.written.take(touch.granules)
             self.clash("write-read", touch, written)
+        if self.atomic is not None and not strong:
+            self.clash("atomic-read", touch, self.atomic.take(touch.granules))
         if self.shared:
             if self.copies:
                 self.clash_with_copy("cp.async-read", touch, self.arriving.take(touch.granules))

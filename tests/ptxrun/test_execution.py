@@ -298,6 +298,38 @@ def test_source_of_a_copy_under_way(access: str, when: str, warp: str, schedule:
     assert (y == 1).all() or want
 
 
+@pytest.mark.parametrize(("order", "racy"), [("acq_rel", False), ("relaxed", True)])
+def test_a_warp_publishes_its_own_writes(order: str, racy: bool) -> None:
+    """CTA 0 writes and releases, CTA 1 acquires and reads; one warp each, so no barrier is needed."""
+    st = launch(
+        ptx_kernel(f"""mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; setp.eq.u32 %p2, %r1, 0;
+        @%p1 st.global.b32 [%rd10], %r1;
+        @%p2 atom.{order}.gpu.global.add.u32 %r4, [%rd1+128], 1;
+        @!%p1 ld.global.b32 %r5, [%rd10]; ret;"""),
+        (2,),
+        [np.zeros(33, np.uint32)],
+        1,
+        16,
+    )
+    assert bool(st.cta_races) == racy and st.races == []
+
+
+@SCHEDULES
+def test_copy_of_what_another_warp_changes(schedule: str) -> None:
+    """Warp 1 copies what warp 0 writes, plainly or atomically, with or without a barrier between."""
+    for write in ("st.global.b32 [%rd1], 7;", "red.relaxed.gpu.global.add.u32 [%rd1], 0;"):
+        for barrier, racy in (("", True), ("bar.sync 0;", False)):
+            st = run_ptx(
+                f"""setp.lt.u32 %p1, %r1, 32; mov.b32 %r4, global_smem; @%p1 {write}
+                {barrier}
+                @!%p1 cp.async.ca.shared.global [%r4], [%rd1], 4; cp.async.wait_all; ret;""",
+                np.zeros(4, np.uint32),
+                warps=2,
+                schedule=schedule,
+            )
+            assert bool(st.races) == racy, (write, barrier)
+
+
 def test_a_copy_left_behind_does_not_outlive_its_cta() -> None:
     """CTA 0 never waits for its copy; CTA 1 may write the source."""
     st = launch(

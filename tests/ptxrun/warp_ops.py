@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -217,6 +217,7 @@ class Fragment:
         return (rows[:, self.register] * n + self.lane) * self.per_register + self.element
 
 
+@lru_cache
 def fragments(M: int, K: int, E: int, Ec: int, n: int) -> tuple[Fragment, Fragment, Fragment]:
     """The fragments of A [M, K], B [K, 8], and C and D [M, 8], for n lanes."""
     w, row, col = np.arange(n // 32)[:, None, None], np.arange(M)[:, None], np.arange(8)
