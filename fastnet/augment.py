@@ -10,8 +10,9 @@ pixels of the stored image, not rounded.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,7 +100,7 @@ def train_inputs(augment: Augment, u: NDArray, sizes: NDArray, image_size: int) 
         chance, boxes = u[:, ERASE][:, 0], u[:, ERASE][:, 1:]
         start, end = random_boxes(boxes, np.full_like(sizes, image_size), ERASE_AREA, ERASE_RATIO)
         hit = (chance < augment.erase)[:, None]
-        inputs["erase_start"] = _f32(np.rint(start) * hit)
+        inputs["erase_start"] = _f32(np.rint(start))
         inputs["erase_shape"] = _f32((np.rint(end) - np.rint(start)) * hit)
     return inputs
 
@@ -158,13 +159,25 @@ def _levels(policy: str) -> int:
     return RAND_OPERATIONS if policy == "rand" else 1
 
 
-def _suite(policy: str, image_size: int) -> list[Callable[..., DataNode]]:
+def _suite(policy: str, image_size: int) -> list[Any]:
     if policy == "rand":
         suite = get_rand_augment_suite(max_translate_abs=round(image_size * 100 / 224))
     else:
         suite = get_trivial_augment_wide_suite()
-    # Only the choice among them branches on data; AutoGraph would spend seconds on their tables of magnitudes.
-    return [do_not_convert(partial(operation)) for operation in suite]
+    return [_as_it_is(operation) for operation in suite]
+
+
+def _as_it_is(operation: Callable[..., DataNode]) -> Callable[..., DataNode]:
+    """Keeps DALI's AutoGraph from translating an operation: it branches on no data, and its tables of
+    magnitudes would take seconds. Keeps quiet that two operations call others by deprecated names.
+    """
+
+    @do_not_convert
+    def call(*args: Any, **options: Any) -> DataNode:
+        with warnings.catch_warnings(record=True):
+            return operation(*args, **options)
+
+    return call
 
 
 def _f32(values: NDArray) -> NDArray[np.float32]:

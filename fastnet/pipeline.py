@@ -12,7 +12,6 @@ Shapes: B images of a micro-batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,17 +152,15 @@ class _Stream:
             self._feed = _Feed(RawImages(split, spec.threads), "HWC")
         else:
             self._feed = _Feed(split.jpeg, "")
-        # DALI's augmentations call two operators by names that DALI itself warns about.
-        with warnings.catch_warnings(record=True):
-            self._pipe: Pipeline | None = graph(
-                self._feed,
-                names,
-                spec,
-                policy,
-                batch_size=largest,
-                num_threads=spec.threads,
-                device_id=_device_id(spec.device),
-            )
+        self._pipe: Pipeline | None = graph(
+            self._feed,
+            names,
+            spec,
+            policy,
+            batch_size=largest,
+            num_threads=spec.threads,
+            device_id=_device_id(spec.device),
+        )
 
     def _take(self) -> Batch:
         if self._pipe is None:
