@@ -254,6 +254,8 @@ def copy_async(o: Operands, ins: Instr) -> Step:
         keep = np.where(limit[ids], 0, size) if ignore else limit[ids].astype(I64)
         if keep.max() > size:
             raise PtxError(f"cp.async source size above {size}; {ins}")
+        if (keep == keep[0]).all():
+            return start(ids, lanes, int(keep[0]))
         for n in np.unique(keep):
             part = ids[keep == n]
             start(part, part, int(n))

@@ -315,6 +315,27 @@ def test_a_warp_publishes_its_own_writes(order: str, racy: bool) -> None:
 
 
 @SCHEDULES
+def test_copies_are_committed_and_awaited_by_lane(schedule: str) -> None:
+    """Half a warp commits: only its copies land at the wait, and what it stores then stays."""
+    x, out = np.arange(100, 132, dtype=np.uint32), np.zeros((3, 32), np.uint32)
+    st = run_ptx(
+        """shl.b32 %r2, %r1, 2; mov.b32 %r3, global_smem; add.u32 %r4, %r3, %r2; setp.lt.u32 %p1, %r1, 16;
+        mad.wide.u32 %rd11, %r1, 4, %rd2; st.shared.b32 [%r4], 7;
+        cp.async.ca.shared.global [%r4], [%rd10], 4;
+        @%p1 cp.async.commit_group; cp.async.wait_group 0;
+        ld.shared.b32 %r5, [%r4]; st.global.b32 [%rd11], %r5;
+        @%p1 st.shared.b32 [%r4], 9; cp.async.wait_all;
+        ld.shared.b32 %r5, [%r4]; st.global.b32 [%rd11+128], %r5; ret;""",
+        x,
+        out,
+        schedule=schedule,
+    )
+    assert out[0].tolist() == [*range(100, 116), *[7] * 16]
+    assert out[1].tolist() == [*[9] * 16, *range(116, 132)]
+    assert {(race.kind, race.count) for race in st.races} == {("cp.async-read", 16)}
+
+
+@SCHEDULES
 def test_copy_of_what_another_warp_changes(schedule: str) -> None:
     """Warp 1 copies what warp 0 writes, plainly or atomically, with or without a barrier between."""
     for write in ("st.global.b32 [%rd1], 7;", "red.relaxed.gpu.global.add.u32 [%rd1], 0;"):

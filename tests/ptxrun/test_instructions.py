@@ -221,6 +221,9 @@ FLOAT = {  # instruction on f32 %r2, %r3 -> b32 %r5
     f"{TO_BF16}; fma.rn.bf16 %rs3, %rs1, %rs2, %rs1; cvt.f32.bf16 %r5, %rs3": lambda a, b: bf16(
         bf16(a).astype("f8") * bf16(b) + bf16(a)
     ),
+    # 1.0625^2 lies half-way between two numbers, and 2^-40 decides
+    "mov.b16 %rs1, 0x3f88; mov.b16 %rs4, 0x2b80; fma.rn.bf16 %rs3, %rs1, %rs1, %rs4; "
+    "cvt.f32.bf16 %r5, %rs3": lambda a, b: np.full(32, 1.1328125, np.float32),
     # 32.75 units of the smallest subnormal: rounded, not cut
     "mov.b16 %rs1, 0x3f83; mov.b16 %rs2, 0x0020; mov.b16 %rs4, 0; fma.rn.bf16 %rs3, %rs1, %rs2, %rs4; "
     "cvt.f32.bf16 %r5, %rs3": lambda a, b: np.full(32, 33 * 2.0**-133, np.float32),
@@ -411,29 +414,39 @@ def lanes_of_mma(m: np.ndarray) -> np.ndarray:
 
 
 def test_mma_that_feed_each_other() -> None:
-    """Accumulators passed on, an accumulator as operand A (the fragments agree), and one overwritten."""
+    """Accumulators passed on (and each sum rounded), their halves swapped, one as operand A, one overwritten."""
     rng = np.random.default_rng(0)
-    a, b = rng.integers(-2, 3, (16, 8)), rng.integers(-2, 3, (8, 8))
+    a, b = rng.integers(-64, 65, (16, 8)) / 8, rng.integers(-64, 65, (8, 8)) / 8  # exact sums of products
     b_lanes = np.ascontiguousarray(b.T.astype(np.float16)).view(np.uint32).ravel()  # column lane / 4
     x = np.concatenate([lanes_of_mma(a), b_lanes[:, None]], 1).astype(np.uint32)
-    out = np.zeros((32, 6), np.uint32)
+    out = np.zeros((32, 8), np.uint32)
     mma = "mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16"
     run_ptx(
-        f"""mad.wide.u32 %rd5, %r1, 12, %rd1; mad.wide.u32 %rd6, %r1, 24, %rd2;
+        f"""mad.wide.u32 %rd5, %r1, 12, %rd1; mad.wide.u32 %rd6, %r1, 32, %rd2;
         ld.global.b32 %r2, [%rd5]; ld.global.b32 %r3, [%rd5+4]; ld.global.b32 %r4, [%rd5+8];
         mov.b32 %r5, 0; mov.b32 %r6, 0; mov.b32 %r9, 0; mov.b32 %r10, 0;
         {mma} {{%r5, %r6}}, {{%r2, %r3}}, {{%r4}}, {{%r5, %r6}};
         {mma} {{%r7, %r8}}, {{%r2, %r3}}, {{%r4}}, {{%r5, %r6}};
         {mma} {{%r5, %r6}}, {{%r2, %r3}}, {{%r4}}, {{%r7, %r8}};
+        {mma} {{%r11, %r12}}, {{%r2, %r3}}, {{%r4}}, {{%r6, %r5}};
         {mma} {{%r9, %r10}}, {{%r7, %r8}}, {{%r4}}, {{%r9, %r10}};
         st.global.v2.b32 [%rd6], {{%r5, %r6}}; st.global.v2.b32 [%rd6+8], {{%r7, %r8}};
-        st.global.v2.b32 [%rd6+16], {{%r9, %r10}}; ret;""",
+        st.global.v2.b32 [%rd6+16], {{%r9, %r10}}; st.global.v2.b32 [%rd6+24], {{%r11, %r12}}; ret;""",
         x,
         out,
     )
-    ab = a @ b
-    want = [lanes_of_mma(m) for m in (3 * ab, 2 * ab, 2 * ab @ b)]
-    assert (out.view("f2") == np.concatenate(want, 1).view("f2")).all()
+    once = (a @ b).astype(np.float16)
+    twice = (a @ b + once).astype(np.float16)
+    thrice = (a @ b + twice).astype(np.float16)
+    swapped = (a @ b + np.roll(thrice, 8, 0)).astype(np.float16)
+    assert (thrice != 3 * (a @ b)).any()
+    want = [lanes_of_mma(m) for m in (thrice, twice, swapped)]
+    assert (out[:, [0, 1, 2, 3, 6, 7]] == np.concatenate(want, 1)).all()
+    # sums of 8 products below 2^13, which float32 does not hold exactly, and one float16 rounding
+    product = twice.astype(np.float64) @ b
+    np.testing.assert_allclose(
+        out[:, 4:6].copy().view("f2"), lanes_of_mma(product).view("f2"), rtol=2**-10, atol=2**-5
+    )
 
 
 @pytest.mark.parametrize("saturate", [True, False])

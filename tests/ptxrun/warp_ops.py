@@ -163,7 +163,10 @@ def mma(o: Operands, group: Sequence[Instr]) -> Step:
     bank = g.bank[size]
     a_at, b_at, cd_at = fragments(M, K, size // TYPES[ta][1], size // TYPES[td][1], o.n)
     args = [[tuple(unpack(x)) for x in i.args] for i in group]
-    rows = [np.array([[o.kernel.regs[r][1] for r in arg[k]] for arg in args]) for k in range(4)]
+    registers = [[[o.kernel.regs[r] for r in arg[k]] for arg in args] for k in range(4)]
+    if any(bits != size for operand in registers for vector in operand for bits, _ in vector):
+        raise NotImplementedError(f"form not covered: {ins}")
+    rows = [np.array([[row for _, row in vector] for vector in operand]) for operand in registers]
     o.written += [bank[r] for r in rows[0].ravel()]
     d_idx, a_idx, b_idx, c_idx = (
         at.index(r, o.n) for at, r in zip((cd_at, a_at, b_at, cd_at), rows, strict=True)
