@@ -127,13 +127,13 @@ def _mark_phase_two(axis: Any, curves: Curves, quantity: str) -> None:
     axis.axvline(
         curves.phase_two, color="0", linestyle=":", linewidth=1.2, gid=f"{curves.name} {quantity} phase two"
     )
-    past_middle = curves.phase_two > curves.training[-1][0] / 2
+    no_room_right = curves.phase_two > 0.5 * curves.training[-1][0]
     axis.text(
         curves.phase_two,
         1.02,
-        "phase two: whole network",
+        "phase two starts",
         transform=axis.get_xaxis_transform(),
-        ha="right" if past_middle else "left",
+        ha="right" if no_room_right else "left",
         fontsize=9,
     )
 

@@ -82,7 +82,7 @@ def test_picture_shows_both_runs_their_lines_and_the_start_of_phase_two(tmp_path
     assert len({y for _, y in lines["lstm loss validation"]}) == 1
     words = texts(svg)
     assert {"training", "validation", "iteration (optimiser steps)", "accuracy (top-1)"} <= set(words)
-    assert words.count("phase two: whole network") == 2
+    assert words.count("phase two starts") == 2
     assert "baseline: best validation top-1 1.5%" in words
     assert "lstm: best validation top-1 2.0%" in words
 
