@@ -64,7 +64,7 @@ def begin_phase(
         model = DistributedDataParallel(
             network,
             device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            forward_sync_buffers=False,
             gradient_as_bucket_view=True,
         )
         _settle_buckets(model, network, runtime)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from fastnet_kernels import ChannelGroupLSTM
+from fastnet_kernels import ChannelGroupLSTM, op
 from torch import Tensor, nn
 
 from fastnet.cli import InputError
@@ -93,6 +93,16 @@ class Network(nn.Module):
         if self.lstm is not None:
             yield from self.lstm.parameters()
         yield from self.classifier.parameters()
+
+
+def lstm_backend(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs the LSTMs on `device` in `dtype`, "none" without LSTMs. Raises InputError for one that cannot run."""
+    if config.network != "lstm":
+        return "none"
+    try:
+        return op.choose(config.backend, device.type, dtype)
+    except RuntimeError as error:
+        raise InputError(f"--backend {config.backend}: {error}") from error
 
 
 def load_backbone(network: Network, depth: int, weights: str) -> None:

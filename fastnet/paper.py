@@ -80,8 +80,9 @@ def train(flags: list[str]) -> dict[str, Any]:
     """
     script = str(Path(__file__).with_name("train.py"))
     gpus = torch.cuda.device_count()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"] if gpus > 1 else []
-    command = [sys.executable, *launcher, script, *flags, "--json"]
+    # Behind --, torchrun does not take the script's --run for its own --run-path.
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--"]
+    command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         before = {
             number: signal.signal(number, lambda number, _: process.send_signal(number))

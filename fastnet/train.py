@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from fastnet_kernels import op
 
 from fastnet import checkpoint, engine, phases, record
 from fastnet.checkpoint import Position
@@ -27,7 +26,7 @@ from fastnet.cli import InputError, Parser
 from fastnet.cli import run as run_command
 from fastnet.config import PRESETS, Config, add_flags, from_flags
 from fastnet.data import PreparedSet, default_set
-from fastnet.model import Network, load_backbone
+from fastnet.model import Network, load_backbone, lstm_backend
 from fastnet.pipeline import EvalStream, Spec, TrainStream, resolve_decode
 from fastnet.record import Recorder
 from fastnet.runtime import Runtime, StopVote, choose_precision, joined, threads_per_rank
@@ -131,10 +130,13 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
                 engine.share_buffers(network, runtime)
                 scores = engine.evaluate(network, val_stream, runtime)
                 recorder.epoch(title, trained, scores)
-                best = scores["top1"] > position.best_top1
                 if position.step_in_epoch == train_stream.steps_per_epoch:
+                    best = scores["top1"] > position.best_top1
                     phases.finish_epoch(plan, position, scores["top1"])
                     metrics_bytes = recorder.size()
+                else:
+                    # Part of an epoch is not a candidate: continued, the run must end as if it had not stopped here.
+                    best = position.epoch == 0
                 save(job, metrics_bytes, best)
                 if position.step == config.max_steps:
                     runtime.say(f"stopped after --max-steps {config.max_steps}, all saved")
@@ -158,19 +160,14 @@ def open_run(run: Path, config: Config, data: PreparedSet) -> dict[str, Any] | N
 
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
     """What runs where, with everything that was "auto" resolved."""
-    backend = "none"
-    if config.network == "lstm":
-        try:
-            backend = op.choose(config.backend, runtime.device.type)
-        except RuntimeError as error:
-            raise InputError(f"--backend {config.backend}: {error}") from error
+    dtype = runtime.amp or torch.float32
     return {
         "device": runtime.device.type,
         "ranks": runtime.world_size,
-        "precision": str(runtime.amp or torch.float32).removeprefix("torch."),
+        "precision": str(dtype).removeprefix("torch."),
         "decode": resolve_decode(config.decode, runtime.device),
         "threads": config.threads or threads_per_rank(),
-        "lstm backend": backend,
+        "lstm backend": lstm_backend(config, runtime.device, dtype),
     }
 
 

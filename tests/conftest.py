@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from official import jpeg, official_files, write_folder
+
+from fastnet.prepare import main as prepare_main
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared set in the official layout: 3 classes, 42 train, 10 val and 5 test images of 32 px."""
+    directory = tmp_path_factory.mktemp("tiny")
+    files = official_files(3, 14, 10, 5, lambda i: jpeg(i, size=32))
+    source = write_folder(directory / "source", files) / "tiny-imagenet-200"
+    prepare_main([str(source), "--out", str(directory / "set")])
+    return directory / "set"
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> None:
+    """In-process runs set the thread count; each test begins with the machine's."""
+    torch.set_num_threads(2)
