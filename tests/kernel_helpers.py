@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import fastnet_kernels
+import pytest
 import torch
 import triton
 from fastnet_kernels import ChannelGroupLSTM, Stage
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+
+@cache
+def interpreted() -> ModuleType:
+    """fastnet_kernels.launch with its kernels in Triton's interpreter, beside the compiled ones.
+
+    Triton reads TRITON_INTERPRET when a kernel is defined, so the modules are imported a second time.
+    """
+    names = [f"fastnet_kernels.{name}" for name in ("gates", "gemm", "fused", "launch")]
+    kept = {name: importlib.import_module(name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for name in names:
+            del sys.modules[name]
+        module = importlib.import_module("fastnet_kernels.launch")
+    for name, compiled in kept.items():
+        sys.modules[name] = compiled
+        setattr(fastnet_kernels, name.rpartition(".")[2], compiled)
+    return module
 
 
 def side(hidden: int) -> tuple[int, int]:

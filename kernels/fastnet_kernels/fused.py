@@ -1,4 +1,6 @@
 # ruff: noqa: RUF005 - the Triton compiler knows tuple + tuple, not (*tuple, element)
+# Tuples grow in loops that the Triton compiler unrolls, which mypy does not know either.
+# mypy: ignore-errors
 """The recurrent part of the LSTM in Triton: one launch for all groups of all stages, forward and backward.
 
 A program owns one group and BATCH_TILE rows of the batch, for all steps; programs never read what another wrote.
@@ -10,8 +12,8 @@ What lies where, per program (legend in plan.py):
                     h, c  [G, slots, Bp, Hp] slot t holds h_{t-1}, c_{t-1}; slot 0 zeros; inference has two slots
                     W_hh  [G, C, Hp, N]      packed, so that every copy of it is 16 bytes wide
 
-The batch is padded to whole tiles in all of these, so nothing but the output and its gradient needs a mask; the
-padding rows hold anything and are never stored to a result.
+The batch is padded to whole tiles in all of these, so nothing but the output and its gradient needs a mask. The
+padding rows repeat the last sample; with a zero gradient of the output their gradients are zero.
 
 Triton orders nothing between threads in global memory: wherever a thread reads there what another thread of the
 program wrote, a tl.debug_barrier() stands between. It stands in the loop over the steps, never in a pipelined
@@ -121,8 +123,8 @@ def forward_streamed(
         h_tiles = ()
         if P.mode != _BLOCKED:
             for i in tl.static_range(len(P.pieces)):
-                k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])[None, :]
-                h_tiles = h_tiles + (tl.load(h + read + r * HP + k),)
+                k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])
+                h_tiles = h_tiles + (tl.load(h + read + r * HP + k[None, :]),)
         for j in tl.range(P.chunks, num_stages=P.forward_stages):
             at = r * HP + j * U + u
             gates_at = r * (4 * HP) + j * N + n
@@ -135,8 +137,8 @@ def forward_streamed(
                     a = tl.dot(h_tile, w_tile, a, input_precision="ieee")
             else:
                 for i in tl.static_range(len(P.pieces)):
-                    k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])[:, None]
-                    w_tile = tl.load(w + (j * HP + k) * N + n)
+                    k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])
+                    w_tile = tl.load(w + (j * HP + k[:, None]) * N + n)
                     a = tl.dot(h_tiles[i], w_tile, a, input_precision="ieee")
             gi, gf, gg, go = activate(a, R, U)
             c_new = gf * c_old + gi * gg
@@ -313,13 +315,13 @@ def backward_streamed(gates, c, w, dout, dgates, dh, dc, rows, bp, P: tl.constex
                     d = tl.load(d_t + j * N + n)
                     added = ()
                     for i in tl.static_range(len(P.wide)):
-                        k = P.wide[i][0] + tl.arange(0, P.wide[i][1])[:, None]
-                        w_tile = tl.load(w + (j * HP + k) * N + n)
+                        k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+                        w_tile = tl.load(w + (j * HP + k[:, None]) * N + n)
                         added = added + (tl.dot(d, tl.trans(w_tile), sums[i], input_precision="ieee"),)
                     sums = added
                 for i in tl.static_range(len(P.wide)):
-                    k = P.wide[i][0] + tl.arange(0, P.wide[i][1])[None, :]
-                    tl.store(dh + r * HP + k, sums[i])
+                    k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+                    tl.store(dh + r * HP + k[None, :], sums[i])
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The feature map is read and written where it lies: in channels_last it is [B, S, G*T], the T steps of a group
 next to each other, so tiles of rows (b, t) with t fastest are copied 16 bytes at a time along the steps.
-Legend and packed columns as in plan.py. Rows past the end are computed from the last sample and not stored.
+Legend and packed columns as in plan.py. The batch's padding rows repeat the last sample; their gradient is zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .gates import activate, merge
 
 
 @triton.jit
-def sample_and_step(m, batch, T: tl.constexpr, ROWS: tl.constexpr):
-    """The rows of tile m: sample b [ROWS] int64, step t [ROWS], and whether the row exists."""
+def sample_and_step(m, count, T: tl.constexpr, ROWS: tl.constexpr):
+    """The rows of tile m: sample b < count [ROWS] int64, step t [ROWS], and whether the row exists."""
     r = m * ROWS + tl.arange(0, ROWS)
     b = r // T
-    return tl.minimum(b, batch - 1).to(tl.int64), r % T, b < batch
+    return tl.minimum(b, count - 1).to(tl.int64), r % T, b < count
 
 
 @triton.jit(do_not_specialize=["batch", "padded_batch"])
@@ -37,12 +37,12 @@ def project_kernel(
     pid = tl.program_id(0)
     j = pid % P.chunks
     g = pid // P.chunks % P.groups
-    b, t, live = sample_and_step(pid // (P.chunks * P.groups), batch, P.steps, ROWS)
+    b, t, live = sample_and_step(pid // (P.chunks * P.groups), padded_batch, P.steps, ROWS)
     row = (g * P.steps + t) * padded_batch.to(tl.int64) + b  # of gates
     n = tl.arange(0, N)[None, :]
     k = tl.arange(0, BK)
 
-    x += b[:, None] * (P.hidden * P.groups * P.steps) + (g * P.steps + t)[:, None]
+    x += tl.minimum(b, batch - 1)[:, None] * (P.hidden * P.groups * P.steps) + (g * P.steps + t)[:, None]
     w_ih += g * (P.hidden * 4 * HP) + j * N + n
     a = tl.full((ROWS, N), 0, tl.float32) + tl.load(bias + g * (4 * HP) + j * N + n)
     for k0 in range(0, P.hidden, BK):
@@ -112,14 +112,17 @@ def weight_gradient_kernel(
 
     acc = tl.full((N, BK), 0, tl.float32)
     for m in range(part * tiles, part * tiles + tiles):
-        b, t, live = sample_and_step(m, batch, P.steps, ROWS)
+        b, t, live = sample_and_step(m, padded_batch, P.steps, ROWS)
         row = (g * P.steps + t) * bp + b
         d = tl.load(dgates + row[:, None] * (4 * HP) + n[None, :], mask=live[:, None], other=0)
         if HIDDEN:
             at = ((g * P.slots + t) * bp + b)[:, None] * HP
             y = tl.load(source + at + k[None, :], mask=k[None, :] < HP, other=0)
         else:
-            at = b[:, None] * (P.hidden * P.groups * P.steps) + (g * P.steps + t)[:, None]
+            at = (
+                tl.minimum(b, batch - 1)[:, None] * (P.hidden * P.groups * P.steps)
+                + (g * P.steps + t)[:, None]
+            )
             y = tl.load(source + at + k_in * (P.groups * P.steps))
         acc = tl.dot(tl.trans(d), y, acc, input_precision="ieee")
     out = partial + ((part * P.groups + g) * (4 * HP) + n)[:, None].to(tl.int64) * P.hidden + k[None, :]

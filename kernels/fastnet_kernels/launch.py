@@ -15,31 +15,23 @@ from torch import Tensor
 
 from . import fused, gemm
 from .naive import Stage, Weights
-from .plan import BATCH_TILE, Plan, pack, padded_batch, plan, sizes, unpack
+from .plan import BATCH_TILE, Plan, pack, padded_batch, plans_for, sizes, unpack
 
-FORWARD = {"num_warps": 4, "maxnreg": 128}
-BACKWARD = {"num_warps": 4, "maxnreg": 168}
 _PARTS = 16  # at most so many partial sums of a weight gradient, each over at least so many rows:
 _PART_ROWS = 1024
-
-
-def architecture(device: torch.device) -> int:
-    """10 * major + minor of a GPU; 80 where there is none (interpreter, fake tensors)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def plans_for(x: Tensor, stages: Sequence[Stage], *, save: bool) -> tuple[Plan, ...]:
-    return plan(stages, x.dtype, architecture(x.device), save=save)
 
 
 def gemm_tiles(dtype: torch.dtype, p: Plan) -> dict[str, Any]:
     """Rows and K of a GEMM tile and how to run it; float32 runs on the FMA units, in smaller tiles."""
     if dtype == torch.float32:
-        return {"ROWS": 32, "BK": 16, "num_warps": 8, "num_stages": 2}
-    return {"ROWS": 128, "BK": min(32, p.padded), "num_warps": 8, "num_stages": 3}
+        return {"ROWS": 32, "BK": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 192}
+    return {"ROWS": 128, "BK": min(32, p.padded), "num_warps": 8, "num_stages": 3, "maxnreg": 192}
+
+
+def recurrent_options(dtype: torch.dtype, *, forward: bool) -> dict[str, int]:
+    """Warps, and registers per thread: the compiler left alone takes more or spills a few to stay at 128."""
+    registers = 255 if dtype == torch.float32 else 128 if forward else 168
+    return {"num_warps": 4, "maxnreg": registers}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -72,7 +64,7 @@ def forward(
     x = features[0]
     batch, bp = x.shape[0], padded_batch(x.shape[0])
     plans = plans_for(x, stages, save=save)
-    size = sizes(plans, batch)
+    size = sizes(plans, bp)
     gates = x.new_empty(size.gates)
     h = x.new_empty(size.states)
     c = x.new_empty(size.states, dtype=torch.float32)
@@ -87,10 +79,24 @@ def forward(
         grid = (sum(p.groups for p in plans) * (bp // BATCH_TILE),)
         keep_gates = save and not recompute
         fused.forward_kernel[grid](
-            gates, h, c, w_hh, out, batch, PLANS=plans, STATES=save, GATES=keep_gates, R=BATCH_TILE, **FORWARD
+            gates,
+            h,
+            c,
+            w_hh,
+            out,
+            batch,
+            PLANS=plans,
+            STATES=save,
+            GATES=keep_gates,
+            R=BATCH_TILE,
+            **recurrent_options(x.dtype, forward=True),
         )
-    nothing = x.new_empty(0)
-    return out, gates if keep_gates else nothing, h if save else nothing, c if save else nothing.float()
+    return (
+        out,
+        gates if keep_gates else x.new_empty(0),
+        h if save else x.new_empty(0),
+        c if save else x.new_empty(0, dtype=torch.float32),
+    )
 
 
 def backward(
@@ -108,7 +114,7 @@ def backward(
     x = features[0]
     batch, bp = x.shape[0], padded_batch(x.shape[0])
     plans = plans_for(x, stages, save=True)
-    size = sizes(plans, batch)
+    size = sizes(plans, bp)
     with on_device(x):
         packed = [pack(w, p, x.dtype) for w, p in zip(weights, plans, strict=True)]
         h_parts = _stage_slices(h, plans, batch, "states_at")
@@ -124,7 +130,17 @@ def backward(
         w_hh = torch.cat([hh.flatten() for _, hh, _ in packed])
         grid = (sum(p.groups for p in plans) * (bp // BATCH_TILE),)
         fused.backward_kernel[grid](
-            gates, c, w_hh, dout.contiguous(), dgates, dh, dc, batch, PLANS=plans, R=BATCH_TILE, **BACKWARD
+            gates,
+            c,
+            w_hh,
+            dout.contiguous(),
+            dgates,
+            dh,
+            dc,
+            batch,
+            PLANS=plans,
+            R=BATCH_TILE,
+            **recurrent_options(x.dtype, forward=False),
         )
         d_parts = _stage_slices(dgates, plans, batch, "gates_at")
         d_weights = [
@@ -141,11 +157,9 @@ def backward(
 def _project(
     x: Tensor, w_ih: Tensor, bias: Tensor, h: Tensor, w_hh: Tensor, gates: Tensor, p: Plan, *, recompute: bool
 ) -> None:
-    batch, tiles = x.shape[0], gemm_tiles(x.dtype, p)
-    grid = (triton.cdiv(batch * p.steps, tiles["ROWS"]) * p.chunks * p.groups,)
-    gemm.project_kernel[grid](
-        x, w_ih, bias, h, w_hh, gates, batch, padded_batch(batch), P=p, RECOMPUTE=recompute, **tiles
-    )
+    batch, bp, tiles = x.shape[0], padded_batch(x.shape[0]), gemm_tiles(x.dtype, p)
+    grid = (triton.cdiv(bp * p.steps, tiles["ROWS"]) * p.chunks * p.groups,)
+    gemm.project_kernel[grid](x, w_ih, bias, h, w_hh, gates, batch, bp, P=p, RECOMPUTE=recompute, **tiles)
 
 
 def _input_gradient(x: Tensor, w_ih: Tensor, dgates: Tensor, p: Plan) -> Tensor:
@@ -161,8 +175,8 @@ def _weight_gradients(x: Tensor, h: Tensor, dgates: Tensor, weights: Weights, p:
     batch, bp = x.shape[0], padded_batch(x.shape[0])
     tile = gemm_tiles(x.dtype, p) | {"ROWS": 16 if x.dtype == torch.float32 else 32}
     tile["BK"] = min(32 if x.dtype == torch.float32 else 64, triton.next_power_of_2(max(p.hidden, 16)))
-    rows = triton.cdiv(batch * p.steps, tile["ROWS"])
-    parts = max(1, min(_PARTS, batch * p.steps // _PART_ROWS))
+    rows = triton.cdiv(bp * p.steps, tile["ROWS"])
+    parts = max(1, min(_PARTS, bp * p.steps // _PART_ROWS))
     grid = (triton.cdiv(p.hidden, tile["BK"]) * p.chunks * p.groups * parts,)
     result = []
     for source, hidden in ((x, False), (h, True)):
@@ -172,11 +186,12 @@ def _weight_gradients(x: Tensor, h: Tensor, dgates: Tensor, weights: Weights, p:
         )
         result.append(unpack(partial.sum(0), p))
     d = dgates[: p.groups * p.steps * bp * 4 * p.padded].view(p.groups, p.steps, bp, 4 * p.padded)
-    bias = unpack(d[:, :, :batch].sum((1, 2), dtype=torch.float32)[..., None], p)[..., 0]
+    bias = unpack(d.sum((1, 2), dtype=torch.float32)[..., None], p)[..., 0]
     d_ih, d_hh = result
+    # A tensor of its own for each bias: the outputs of an operator may not share memory.
     return Weights(
         d_ih.to(weights.ih.dtype),
         d_hh.to(weights.hh.dtype),
         bias.to(weights.bias_ih.dtype),
-        bias.to(weights.bias_hh.dtype),
+        bias.to(weights.bias_hh.dtype, copy=True),
     )

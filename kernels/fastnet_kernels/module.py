@@ -57,7 +57,7 @@ class ChannelGroupLSTM(nn.Module):
             raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
         self.backend: op.Backend = backend
         self.recompute = recompute
-        self.backend_used: str | None = None
+        self.backend_used: op.Backend | None = None
         self.layers = nn.ModuleList(StageWeights(s) for s in self.stages)
 
     @property
@@ -70,7 +70,7 @@ class ChannelGroupLSTM(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Per stage [B, groups*seq_len, h, w] (channels_last, h*w == hidden) -> [B, sum(groups*hidden)]."""
         op.check(features, self.weights(), self.stages)
-        self.backend_used = op.choose(self.backend, features[0].device.type)
+        self.backend_used = op.choose(self.backend, features[0].device.type, op.compute_dtype(features[0]))
         return op.channel_group_lstm(
             features, self.weights(), self.stages, backend=self.backend_used, recompute=self.recompute
         )

@@ -1,19 +1,28 @@
-"""The channel-group LSTM as a function: which backend computes it, and torch's own LSTMs as one of them.
+"""The channel-group LSTM as a function: the custom operator, and which backend computes it.
+
+The Triton kernels are one operator forward and one backward, opaque to autograd, torch.compile and torch.export,
+which see their fake implementations. torch's own LSTMs (oneDNN, cuDNN) need no operator.
 
 Legend: B batch, G groups, T steps, S input size = H hidden size.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Literal
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .naive import Stage, Weights
+from .plan import padded_batch, plans_for, sizes
 
 Backend = Literal["auto", "triton", "torch"]
+
+_announced = False
 
 
 def channel_group_lstm(
@@ -27,10 +36,10 @@ def channel_group_lstm(
     """The last hidden states of all groups of all stages (see naive.py for the equations).
 
     Under autocast the computation runs in autocast's dtype, otherwise in that of the features; the weights
-    are cast to it, their gradients arrive in their own dtype.
+    are cast to it, their gradients arrive in their own dtype. Twice differentiable with the torch backend only.
 
     Args:
-        features: per stage [B, G*T, h, w] with h*w = H; float32, float16 or bfloat16.
+        features: per stage [B, G*T, h, w] with h*w = H, best channels_last; float32, float16 or bfloat16.
         weights: per stage, usually float32 parameters.
         backend: "auto" is Triton on a GPU that it supports, else torch.
         recompute: save less for backward (hidden and cell states only), compute the gates again.
@@ -44,10 +53,22 @@ def channel_group_lstm(
     """
     check(features, weights, stages)
     device = features[0].device.type
-    choose(backend, device)
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features[0].dtype
-    with torch.autocast(device, enabled=False):
-        return _torch([f.to(dtype) for f in features], weights, stages)
+    dtype = compute_dtype(features[0])
+    used = choose(backend, device, dtype)
+    cast = [f.to(dtype) for f in features]
+    if used == "torch":
+        with torch.autocast(device, enabled=False):
+            return _torch(cast, weights, stages)
+    flat = [p for w in weights for p in w]
+    numbers = [n for s in stages for n in s]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (*cast, *flat))
+    return _forward(cast, flat, numbers, save, recompute)[0]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype if autocast is on for x's device, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequence[Stage]) -> None:
@@ -60,19 +81,50 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
                 f"feature map {n} is {list(x.shape)}; stage {n} needs [batch, {s.groups}*{s.seq_len}, h, w] "
                 f"with h*w = {s.hidden}"
             )
-        if (
-            x.shape[0] != features[0].shape[0]
-            or x.dtype != features[0].dtype
-            or x.device != features[0].device
-        ):
+        if (x.shape[0], x.dtype, x.device) != (features[0].shape[0], features[0].dtype, features[0].device):
             raise ValueError(f"feature map {n} differs from feature map 0 in batch, dtype or device")
+    if features[0].shape[0] == 0:
+        raise ValueError("the batch is empty")
 
 
-def choose(backend: Backend, device: str) -> Backend:
+@torch.compiler.assume_constant_result
+def choose(backend: Backend, device: str, dtype: torch.dtype) -> Backend:
     """The backend that runs for tensors on `device`; what auto picks is said once per process on stderr."""
+    global _announced
+    if backend == "torch":
+        return "torch"
+    obstacle = _obstacle(device, dtype)
     if backend == "triton":
-        raise RuntimeError(f"backend='triton' cannot run on {device} tensors")
-    return "torch"
+        if obstacle:
+            raise RuntimeError(f"backend='triton' cannot run: {obstacle}")
+        return "triton"
+    used: Backend = "triton" if device == "cuda" and not obstacle else "torch"
+    if not _announced:
+        _announced = True
+        print(f"channel-group LSTM: backend {used}{f' ({obstacle})' if obstacle else ''}", file=sys.stderr)
+    return used
+
+
+@cache
+def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on `device`, if so."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype} is not float32, float16 or bfloat16"
+    if device == "cpu":
+        return (
+            None
+            if triton.knobs.runtime.interpret
+            else "CPU tensors run in Triton's interpreter only, TRITON_INTERPRET=1"
+        )
+    if device != "cuda":
+        return f"there are no kernels for {device} tensors"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return None
 
 
 def _torch(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequence[Stage]) -> Tensor:
@@ -89,3 +141,95 @@ def _torch(features: Sequence[Tensor], weights: Sequence[Weights], stages: Seque
             )[1]  # [1, B, H]
             outputs.append(last[0])
     return torch.cat(outputs, dim=1)
+
+
+def _kernels() -> ModuleType:
+    from . import launch  # not at import: needs triton, and TRITON_INTERPRET is read then
+
+    return launch
+
+
+def _stages(numbers: Sequence[int]) -> list[Stage]:
+    return [Stage(*numbers[n : n + 3]) for n in range(0, len(numbers), 3)]
+
+
+def _weights(flat: Sequence[Tensor]) -> list[Weights]:
+    return [Weights(*flat[n : n + 4]) for n in range(0, len(flat), 4)]
+
+
+def _channels_last(features: Sequence[Tensor]) -> list[Tensor]:
+    return [f.contiguous(memory_format=torch.channels_last) for f in features]
+
+
+@torch.library.custom_op("fastnet::channel_group_lstm", mutates_args=())
+def _forward(
+    features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """stages: (groups, seq_len, hidden) one after the other. Returns what launch.forward does."""
+    return _kernels().forward(
+        _channels_last(features), _weights(weights), _stages(stages), save=save, recompute=recompute
+    )
+
+
+@_forward.register_fake
+def _(
+    features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, batch = features[0], features[0].shape[0]
+    plans = plans_for(x, _stages(stages), save=save)
+    size = sizes(plans, padded_batch(batch))
+    return (
+        x.new_empty(batch, plans[0].outputs),
+        x.new_empty(size.gates if save and not recompute else 0),
+        x.new_empty(size.states if save else 0),
+        x.new_empty(size.states if save else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("fastnet::channel_group_lstm_backward", mutates_args=())
+def _backward(
+    dout: Tensor, features: list[Tensor], weights: list[Tensor], gates: Tensor, h: Tensor, c: Tensor,
+    stages: list[int], needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the features, if needed, then of the weights."""
+    d_features, d_weights = _kernels().backward(
+        dout, _channels_last(features), _weights(weights), _stages(stages), gates, h, c, needs_dx=needs_dx
+    )
+    return [*d_features, *(d for w in d_weights for d in w)]
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor, features: list[Tensor], weights: list[Tensor], gates: Tensor, h: Tensor, c: Tensor,
+    stages: list[int], needs_dx: bool,
+) -> list[Tensor]:  # fmt: skip
+    d_features = [torch.empty_like(f, memory_format=torch.channels_last) for f in features if needs_dx]
+    return [*d_features, *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, weights, stages, save, _ = inputs
+    ctx.stages, ctx.n, ctx.save = stages, len(features), save
+    ctx.save_for_backward(*features, *weights, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+    if not ctx.save:
+        raise RuntimeError(
+            "fastnet::channel_group_lstm was called with save=False and cannot be differentiated"
+        )
+    *tensors, gates, h, c = ctx.saved_tensors
+    features, weights = tensors[: ctx.n], tensors[ctx.n :]
+    needs_dx = any(ctx.needs_input_grad[0])
+    gradients = _backward(dout, features, weights, gates, h, c, ctx.stages, needs_dx)
+    split = ctx.n if needs_dx else 0
+    return gradients[:split] if needs_dx else [None] * ctx.n, gradients[split:], None, None, None
+
+
+def _no_second_gradient(*_: Any) -> None:
+    raise RuntimeError("the Triton channel-group LSTM has no second derivative; use backend='torch' for that")
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)
+_backward.register_autograd(_no_second_gradient)

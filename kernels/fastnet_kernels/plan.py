@@ -121,6 +121,18 @@ def plan(
     return tuple(plans)
 
 
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of a GPU; 80 where there is none (interpreter, fake tensors)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def plans_for(x: Tensor, stages: Sequence[Stage], *, save: bool) -> tuple[Plan, ...]:
+    return plan(stages, x.dtype, architecture(x.device), save=save)
+
+
 def _powers_of_two(size: int, least: int) -> tuple[tuple[int, int], ...]:
     """`size` rounded up to a multiple of `least`, as descending powers of two of at most 128: (start, width)."""
     pieces, start, left = [], 0, size + -size % least
@@ -144,8 +156,8 @@ class Sizes(NamedTuple):
     carry: int
 
 
-def sizes(plans: Sequence[Plan], batch: int) -> Sizes:
-    p, bp = plans[-1], padded_batch(batch)
+def sizes(plans: Sequence[Plan], bp: int) -> Sizes:
+    p = plans[-1]
     return Sizes(
         bp * (p.gates_at + p.groups * p.steps * 4 * p.padded),
         bp * (p.states_at + p.groups * p.slots * p.padded),
