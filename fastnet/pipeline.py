@@ -105,10 +105,7 @@ def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> 
     if spec.decode == "gpu":
         # The same chroma upsampling as on the CPU: a network sees the same pixels wherever they are decoded.
         images = fn.decoders.image(
-            images,
-            device="mixed",
-            adjust_orientation=False,
-            jpeg_fancy_upsampling=True,
+            images, device="mixed", adjust_orientation=False, jpeg_fancy_upsampling=True
         )
     elif spec.decode == "cpu":
         images = fn.decoders.image(images, adjust_orientation=False)
@@ -201,11 +198,14 @@ class TrainStream(_Stream):
         epoch: int = 0,
         step: int = 0,
     ) -> None:
-        if not 1 <= batch_size <= len(split):
-            raise InputError(f"--batch-size {batch_size}: the {split.name} split has {len(split)} images")
+        if batch_size > len(split):
+            raise InputError(
+                f"--batch-size {batch_size}: the {split.name} split has {len(split)} images; use at most that"
+            )
         if batch_size < world_size * accumulate:
             raise InputError(
-                f"--batch-size {batch_size}: too small for {world_size} ranks with --accumulate {accumulate}"
+                f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
+                f"{world_size * accumulate}"
             )
         self.steps_per_epoch = len(split) // batch_size
         names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
@@ -244,7 +244,9 @@ class EvalStream(_Stream):
         self, split: Split, spec: Spec, *, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
         if world_size > len(split):
-            raise InputError(f"{world_size} ranks: the {split.name} split has {len(split)} images")
+            raise InputError(
+                f"{world_size} ranks: the {split.name} split has {len(split)} images; start fewer processes"
+            )
         self._share = np.arange(len(split))[part(len(split), rank, world_size)]
         self._batch_size = min(batch_size, len(self._share))
         super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
@@ -269,6 +271,7 @@ class EvalStream(_Stream):
     def _drain(self, pipe: Pipeline) -> None:
         """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
         self._feed.todo = iter(())
+        pipe.schedule_run()  # finds nothing more to do, which `reset` waits for
         while self._feed.under_way:
             pipe.outputs()
             self._feed.under_way.popleft()
