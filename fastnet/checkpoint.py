@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from fastnet.runtime import Runtime
 FORMAT = 1
 # What a continued run may be given anew: it changes where and how far the run goes, not what it computes.
 FREE = {"max_steps", "threads", "checkpoint_every", "decode", "backend"}
+
+
+KEYS = {"format", "config", "model", "optimizer", "scaler", "position", "classes", "words", "data_hash"}
 
 
 @dataclass
@@ -103,7 +106,7 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: damaged, not a readable checkpoint; remove it or restore it from a copy"
         ) from error
-    if not isinstance(content, dict) or not {"format", "config", "model", "position"} <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise InputError(f"{path}: a PyTorch file, but not a fastnet checkpoint; give another run directory")
     if content["format"] != FORMAT:
         raise InputError(
@@ -149,7 +152,8 @@ def load_run(run: Path, runtime: Runtime, which: str = "best") -> Run:
         raise InputError(f"{run}: no such run; give the directory that train.py wrote (--run)")
     path = run / f"{which}.pt"
     content = load(path)
-    config = Config.from_json(content["config"])
+    # What ran the LSTMs in training need not be here.
+    config = replace(Config.from_json(content["config"]), backend="auto")
     network = Network(config, len(content["classes"]))
     load_model(network, path, content)
     network.to(runtime.device).eval()

@@ -56,7 +56,7 @@ class Config:
     )
 
     decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
-    threads: int = _flag(0, "data", "DALI threads of a rank; 0 shares the cores among the ranks", least=0)
+    threads: int = _flag(0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", least=0)
     eval_crop: float = _flag(
         1.0, "data", "side of the evaluation's centre crop / resized side", above=0, within=(0, 1)
     )

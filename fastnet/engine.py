@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -269,11 +270,11 @@ def predict(network: Network, stream: EvalStream, n: int, runtime: Runtime) -> T
     return scores
 
 
-def share_buffers(network: Network, runtime: Runtime) -> None:
-    """Gives every rank the batch norm statistics of rank 0, which are the ones that checkpoints keep."""
+def share_state(network: Network, runtime: Runtime) -> None:
+    """Gives every rank the weights and batch norm statistics of rank 0, which are the ones that checkpoints keep."""
     if runtime.world_size > 1:
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
 
 class StepClock:

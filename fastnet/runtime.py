@@ -128,7 +128,6 @@ def _join() -> Runtime:
         torch.backends.cudnn.benchmark = True
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(threads_per_rank())
     runtime = Runtime(device, rank, world_size)
     if world_size > 1:
         try:

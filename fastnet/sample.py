@@ -1,8 +1,8 @@
 """The embedded sample: a small set in the shape of Tiny ImageNet, drawn by the project itself.
 
-A class is a shape with a texture; colours, places, angles, sizes, background and noise are random, so that
-neither the mean colour nor single pixels tell the class. Every random number comes from the image's own seed
-and all geometry is integer arithmetic, so that any machine draws the same pixels.
+A class is a shape with a texture. Colours, place, size, tilt, background and noise are random, so that neither
+the mean colour nor single pixels tell the class, and mirroring does not change it. Every random number comes
+from the image's own seed and all geometry is integer arithmetic, so that any machine draws the same pixels.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 SIZE = 64
-SHAPES = ("disc", "square", "triangle", "ring", "cross")
-TEXTURES = ("plain", "striped", "checked", "dotted")
+SHAPES = ("disc", "triangle", "ring", "cross")
+TEXTURES = ("plain", "banded", "striped", "checked", "dotted")
 COUNTS = {"train": 120, "val": 30, "test": 30}  # images per class
-SCALE = 1024  # fixed point: 1024 units are one pixel, or the number one
+UNIT = 256  # fixed point: a pixel is 256 units wide
 
 
 def class_names() -> dict[str, str]:
@@ -29,22 +29,21 @@ def class_names() -> dict[str, str]:
 def draw(split: str, index: int, label: int) -> bytes:
     """The JPEG of image `index` of `split`, of class `label`. About 2 % are grey, as in Tiny ImageNet."""
     rng = np.random.default_rng([label, index, list(COUNTS).index(split)])
-    row, column = np.mgrid[0:SIZE, 0:SIZE] * SCALE  # [H, W]
-
+    row = np.arange(SIZE, dtype=np.int32)[:, None] * UNIT  # [H, 1]
+    column = row.T  # [1, W]
     image = backdrop(rng, row, column)  # [H, W, 3]
-    shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-    for _ in range(int(rng.integers(1, 4))):
-        radius = int(rng.integers(11, 22)) * SCALE
-        center = rng.integers(12, SIZE - 12, 2) * SCALE
-        y, x = rotated(rng, row - center[0], column - center[1])
-        inside = mask(shape, y, x, radius)
-        y, x = rotated(rng, y, x)
-        ink = pattern(texture, y, x, int(rng.integers(5, 9)) * SCALE)
-        first, second = contrasting(rng)
-        image[inside & ink] = first
-        image[inside & ~ink] = second
 
-    image = image + rng.integers(-24, 25, (SIZE, SIZE, 1)) + rng.integers(-12, 13, (SIZE, SIZE, 3))
+    radius = int(rng.integers(15, 28)) * UNIT
+    top, left = (rng.integers(20, SIZE - 20, 2) * UNIT).tolist()
+    y, x = tilted(row - top, column - left, int(rng.integers(-15, 16)))
+    inside = mask(SHAPES[label // len(TEXTURES)], y, x, radius)
+    ink = pattern(TEXTURES[label % len(TEXTURES)], y, x, int(rng.integers(9, 14)) * UNIT)
+    first, second = two_colours(rng)
+    image[inside & ink] = first
+    image[inside & ~ink] = second
+
+    image += rng.integers(-12, 13, (SIZE, SIZE, 1), np.int16)
+    image += rng.integers(-6, 7, (SIZE, SIZE, 3), np.int16)
     picture = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     if rng.integers(50) == 0:
         picture = picture.convert("L")
@@ -54,54 +53,54 @@ def draw(split: str, index: int, label: int) -> bytes:
 
 
 def backdrop(rng: np.random.Generator, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """[H, W, 3] int64: a colour gradient with soft blobs."""
-    corners = rng.integers(30, 226, (3, 3))
+    """[H, W, 3] int32: a gradient of dull colours under some translucent discs."""
+    corners = rng.integers(60, 196, (3, 1), np.int32) + rng.integers(-40, 41, (3, 3), np.int32)
     down, right = corners[1] - corners[0], corners[2] - corners[0]
-    image = corners[0] + (down * row[..., None] + right * column[..., None]) // (SIZE * SCALE)
+    image = corners[0] + (down * row[..., None] + right * column[..., None]) // (SIZE * UNIT)
     for _ in range(6):
-        center = rng.integers(0, SIZE, 2) * SCALE
-        reach = int(rng.integers(4, 14)) * SCALE
-        near = (row - center[0]) ** 2 + (column - center[1]) ** 2 < reach**2
-        image[near] = (image[near] + rng.integers(0, 256, 3)) // 2
+        top, left = (rng.integers(0, SIZE, 2) * UNIT).tolist()
+        reach = int(rng.integers(4, 14)) * UNIT
+        near = (row - top) ** 2 + (column - left) ** 2 < reach**2
+        image[near] = (2 * image[near] + rng.integers(0, 256, 3, np.int32)) // 3
     return image
 
 
-def rotated(rng: np.random.Generator, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The plane turned by a random angle."""
-    angle = int(rng.integers(360)) * math.pi / 180
-    c, s = round(math.cos(angle) * SCALE), round(math.sin(angle) * SCALE)
-    return (c * y - s * x) // SCALE, (s * y + c * x) // SCALE
+def tilted(y: np.ndarray, x: np.ndarray, degrees: int) -> tuple[np.ndarray, np.ndarray]:
+    """The plane turned by an angle."""
+    c, s = round(math.cos(math.radians(degrees)) * UNIT), round(math.sin(math.radians(degrees)) * UNIT)
+    return (c * y - s * x) // UNIT, (s * y + c * x) // UNIT
 
 
 def mask(shape: str, y: np.ndarray, x: np.ndarray, radius: int) -> np.ndarray:
-    """[H, W] bool: the pixels of a shape of about `radius`."""
-    square = y * y + x * x
+    """[H, W] bool: the pixels of a shape of about `radius` around the origin."""
     if shape == "disc":
-        return square < (radius * 9 // 10) ** 2
+        return y * y + x * x < (radius * 9 // 10) ** 2
     if shape == "ring":
+        square = y * y + x * x
         return (square < radius**2) & (square > (radius * 5 // 9) ** 2)
-    if shape == "square":
-        return np.maximum(abs(y), abs(x)) < radius * 4 // 5
     if shape == "cross":
         return (np.maximum(abs(y), abs(x)) < radius) & (np.minimum(abs(y), abs(x)) < radius // 3)
-    # An equilateral triangle is where three half planes meet; 887/1024 is the cosine of 30 degrees.
-    return np.maximum(y, (abs(x) * 887 - y * 512) // SCALE) < radius * 3 // 5
+    # An equilateral triangle is where three half planes meet: 222/256 is the cosine of 30 degrees.
+    return np.maximum(y, (abs(x) * 222 - y * 128) // 256) < radius * 3 // 5
 
 
 def pattern(texture: str, y: np.ndarray, x: np.ndarray, period: int) -> np.ndarray:
     """[H, W] bool: where the texture has its first colour."""
+    half = period // 2
     if texture == "plain":
         return np.ones_like(y, dtype=bool)
+    if texture == "banded":
+        return y % period < half
     if texture == "striped":
-        return y % period < period // 2
+        return x % period < half
     if texture == "checked":
-        return (y % period < period // 2) ^ (x % period < period // 2)
-    return (y % period - period // 2) ** 2 + (x % period - period // 2) ** 2 < (period // 3) ** 2
+        return (y % period < half) ^ (x % period < half)
+    return (y % period - half) ** 2 + (x % period - half) ** 2 < (period // 3) ** 2
 
 
-def contrasting(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two random colours that differ by at least 150 levels over the channels."""
+def two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two random colours that differ by at least 200 levels over the channels."""
     while True:
-        first, second = rng.integers(0, 256, (2, 3))
-        if abs(first - second).sum() >= 150:
+        first, second = rng.integers(0, 256, (2, 3), np.int32)
+        if abs(first - second).sum() >= 200:
             return first, second

@@ -66,17 +66,19 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
     saved = runtime.from_main(lambda: open_run(run, config, data))
     if saved:
         runtime.together(lambda: checkpoint.load_model(network, run / "last.pt", saved))
-    elif runtime.is_main:
-        runtime.together(lambda: load_backbone(network, config.depth, config.weights))
     else:
-        runtime.together(lambda: None)
+        runtime.together(
+            lambda: load_backbone(network, config.depth, config.weights) if runtime.is_main else None
+        )
     network.to(runtime.device)
+    engine.share_state(network, runtime)
 
     position = Position(**saved["position"]) if saved else Position()
     if position.done or 0 < config.max_steps <= position.step:
         runtime.say(f"{run}: already done up to step {position.step}; give another --run to train anew")
         return outcome(run, position)
     chosen = runtime.together(lambda: choices(config, runtime))
+    torch.set_num_threads(chosen["threads"])
     train_stream, val_stream = runtime.together(lambda: open_streams(config, data, runtime, position, chosen))
     if runtime.is_main:
         write_manifest(run, config, data, chosen, position)
@@ -127,7 +129,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
 
                 metrics_bytes = recorder.size()
                 trained = engine.epoch_record(job)
-                engine.share_buffers(network, runtime)
+                engine.share_state(network, runtime)
                 scores = engine.evaluate(network, val_stream, runtime)
                 recorder.epoch(title, trained, scores)
                 if position.step_in_epoch == train_stream.steps_per_epoch:

@@ -22,6 +22,6 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _same_threads() -> None:
-    """In-process runs set the thread count; each test begins with the machine's."""
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    """Tiny networks gain nothing from a second thread, and idle threads that spin cost much on a busy machine."""
+    torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +17,9 @@ import fastnet_kernels
 import pytest
 import torch
 import triton
-from fastnet_kernels import ChannelGroupLSTM, Stage
-from torch import Tensor
+from fastnet_kernels import ChannelGroupLSTM, Stage, fused, gemm
+from ptxrun import Stats, run_triton
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -35,6 +36,7 @@ def interpreted() -> ModuleType:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in names:
             del sys.modules[name]
+            delattr(fastnet_kernels, name.rpartition(".")[2])
         module = importlib.import_module("fastnet_kernels.launch")
     for name, compiled in kept.items():
         sys.modules[name] = compiled
@@ -60,15 +62,19 @@ def feature_maps(
     return maps
 
 
-def lstm_reference(module: ChannelGroupLSTM, features: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The output by one nn.LSTM per group, in `dtype`: [B, sum(G*H)]."""
-    lstms = iter(module.to_lstms())
-    outputs = []
-    for x, stage in zip(features, (Stage(*s) for s in module.stages), strict=True):
+def run_lstms(lstms: Sequence[nn.LSTM], features: Sequence[Tensor], stages: Sequence[Stage]) -> Tensor:
+    """The output by one nn.LSTM per group: [B, sum(G*H)]."""
+    outputs: list[Tensor] = []
+    for x, stage in zip(features, stages, strict=True):
         for g in range(stage.groups):
-            sequence = x[:, g * stage.seq_len : (g + 1) * stage.seq_len].flatten(2).to(dtype)  # [B, T, S]
-            outputs.append(next(lstms).to(dtype)(sequence)[1][0][0])
+            sequence = x[:, g * stage.seq_len : (g + 1) * stage.seq_len].flatten(2)  # [B, T, S]
+            outputs.append(lstms[len(outputs)](sequence)[1][0][0])
     return torch.cat(outputs, dim=1)
+
+
+def parameters_of(lstms: Sequence[nn.LSTM]) -> list[nn.Parameter]:
+    """weight_ih, weight_hh, bias_ih, bias_hh of each."""
+    return [p for lstm in lstms for p in lstm.parameters()]
 
 
 class Resources(NamedTuple):
@@ -115,3 +121,93 @@ def cross_compile(
         usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
         assert usage is not None
         return Resources(*map(int, usage.groups()), binary.metadata.shared, tool("nvdisasm", "-c"))
+
+
+class Executed:
+    """Stands in for a kernel: the launch runs its compiled sm_80 PTX on the CPU, and its Stats are kept."""
+
+    def __init__(self, kernel: Any, runs: dict[str, list[Stats]], **options: Any) -> None:
+        self.kernel, self.runs, self.options = kernel, runs, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            stats = run_triton(self.kernel, grid, *args, **kwargs, **self.options)
+            self.runs.setdefault(self.kernel.__name__, []).append(stats)
+
+        return run
+
+
+KERNELS = {
+    fused: ("forward_kernel", "backward_kernel"),
+    gemm: ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
+}
+
+
+def execute_ptx(patch: pytest.MonkeyPatch, **options: Any) -> dict[str, list[Stats]]:
+    """From here on fastnet_kernels.launch runs PTX on the CPU; returns the kernels' Stats as they come."""
+    runs: dict[str, list[Stats]] = {}
+    for module, names in KERNELS.items():
+        for name in names:
+            patch.setattr(module, name, Executed(getattr(module, name), runs, **options))
+    return runs
+
+
+class Failure(NamedTuple):
+    """A tensor whose error is above its bound."""
+
+    name: str
+    error: float
+    bound: float
+
+
+def failures(
+    launch: ModuleType,
+    stages: Sequence[tuple[int, int, int]],
+    batch: int,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> list[Failure]:
+    """Runs forward and backward; compares the output and every gradient with float64 nn.LSTM, in the 2-norm.
+
+    The bound is the project's: 2 times (output) or 3 times (gradients) the error of eager nn.LSTM in the same
+    dtype. Where that is exact by chance, the rounding of the result itself (eps) takes its place.
+    """
+    module = ChannelGroupLSTM(stages)
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5, generator=generator)
+    x = [
+        f.to(dtype).contiguous(memory_format=torch.channels_last)
+        for f in feature_maps(stages, batch, seed=seed, scale=scale)
+    ]
+    dout = torch.randn(batch, module.out_features, generator=generator).to(dtype)
+
+    def reference(as_dtype: torch.dtype) -> list[Tensor]:
+        lstms = [lstm.to(as_dtype) for lstm in module.to_lstms()]
+        features = [f.detach().to(as_dtype).requires_grad_() for f in x]
+        y = run_lstms(lstms, features, module.stages)
+        grads = torch.autograd.grad((y * dout.to(as_dtype)).sum(), [*features, *parameters_of(lstms)])
+        stacked, at = [], len(x)
+        for s in module.stages:
+            own = grads[at : at + 4 * s.groups]
+            stacked += [torch.stack(own[n::4]) for n in range(4)]
+            at += 4 * s.groups
+        return [y.detach(), *grads[: len(x)], *stacked]
+
+    with torch.no_grad():
+        y, gates, h, c = launch.forward(x, module.weights(), module.stages, save=True, recompute=recompute)
+        d_x, d_w = launch.backward(dout, x, module.weights(), module.stages, gates, h, c, needs_dx=True)
+    names = ["output", *(f"x{n}" for n in range(len(x)))]
+    names += [f"{w}{n}" for n in range(len(x)) for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    ours = [y, *d_x, *(t for w in d_w for t in w)]
+    found = []
+    for name, mine, exact, eager in zip(names, ours, reference(torch.float64), reference(dtype), strict=True):
+        error = (mine.double() - exact).norm().item()
+        least = torch.finfo(dtype).eps * exact.norm().item()
+        bound = (2 if name == "output" else 3) * max((eager.double() - exact).norm().item(), least)
+        if not error <= bound:  # also NaN
+            found.append(Failure(name, error, bound))
+    return found

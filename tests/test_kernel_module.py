@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastnet_kernels import ChannelGroupLSTM, naive
-from kernel_helpers import feature_maps, lstm_reference
+from kernel_helpers import feature_maps, run_lstms
 from torch import nn
 
 STAGES = [(2, 5, 6), (3, 4, 9)]
@@ -14,7 +14,7 @@ STAGES = [(2, 5, 6), (3, 4, 9)]
 def test_naive_is_nn_lstm() -> None:
     module = ChannelGroupLSTM(STAGES).double()
     x = feature_maps(STAGES, 3)
-    expected = lstm_reference(module, x, torch.float64)
+    expected = run_lstms(module.to_lstms(), x, module.stages)
     torch.testing.assert_close(naive(x, module.weights(), module.stages), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -59,11 +59,7 @@ def test_lstms_both_ways() -> None:
         for (name, ours), theirs in zip(back.named_parameters(), lstm.parameters(), strict=True):
             assert torch.equal(ours, theirs), name
     x = [f.float() for f in feature_maps(STAGES, 2)]
-    expected = []
-    for f, (g, t, h) in zip(x, STAGES, strict=True):
-        for n in range(g):
-            expected.append(lstms[len(expected)](f[:, n * t : (n + 1) * t].reshape(2, t, h))[1][0][0])
-    torch.testing.assert_close(module(x), torch.cat(expected, dim=1))
+    torch.testing.assert_close(module(x), run_lstms(lstms, x, module.stages))
 
 
 def test_initialised_as_nn_lstm() -> None:
