@@ -173,7 +173,8 @@ def failures(
     """Runs forward and backward; compares the output and every gradient with float64 nn.LSTM, in the 2-norm.
 
     The bound is the project's: 2 times (output) or 3 times (gradients) the error of eager nn.LSTM in the same
-    dtype. Where that is exact by chance, the rounding of the result itself (eps) takes its place.
+    dtype. Where eager is more exact by chance, the rounding of the result itself (eps) takes its place, or the
+    absolute error of the kernels' float32 tanh near zero, float32's eps per element.
     """
     module = ChannelGroupLSTM(stages)
     generator = torch.Generator().manual_seed(seed)
@@ -207,6 +208,7 @@ def failures(
     for name, mine, exact, eager in zip(names, ours, reference(torch.float64), reference(dtype), strict=True):
         error = (mine.double() - exact).norm().item()
         least = torch.finfo(dtype).eps * exact.norm().item()
+        least = max(least, torch.finfo(torch.float32).eps * exact.numel() ** 0.5)
         bound = (2 if name == "output" else 3) * max((eager.double() - exact).norm().item(), least)
         if not error <= bound:  # also NaN
             found.append(Failure(name, error, bound))
