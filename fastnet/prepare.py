@@ -57,12 +57,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val-fraction {args.val_fraction}: must lie between 0 and 1")
     started = time.monotonic()
-    if args.source == "sample":
-        source = sample_source()
-    elif args.source == "download":
-        source = find_source(download(args.out.parent / "tiny-imagenet-200.zip"))
-    else:
-        source = find_source(Path(args.source))
+    with file_errors(args.out):
+        if args.source == "sample":
+            source = sample_source()
+        elif args.source == "download":
+            source = find_source(download(args.out.parent / "tiny-imagenet-200.zip"))
+        else:
+            source = find_source(Path(args.source))
     prepared, made = prepare(source, args.out, args.val_fraction)
     report(prepared, made, time.monotonic() - started)
     return {
@@ -100,7 +101,7 @@ def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[Prepa
     """
     splits, classes = checked_splits(source, val_fraction)
     given, out = out, out.resolve()
-    with writing_errors(out), exclusive(out):
+    with file_errors(out), exclusive(out):
         there = standing_set(out)
         md5 = source.record["md5"]
         if there and md5 and md5 == there.source["md5"] and "val" in source.splits:
@@ -318,8 +319,8 @@ def exclusive(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing_errors(out: Path) -> Iterator[None]:
-    """Turns a full disk and other refusals of the file system into one line."""
+def file_errors(out: Path) -> Iterator[None]:
+    """Turns a full disk and other refusals of the file system into one line: `out`'s, unless a file is named."""
     try:
         yield
     except OSError as error:
