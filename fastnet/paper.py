@@ -11,8 +11,10 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -83,17 +85,24 @@ def train(flags: list[str]) -> dict[str, Any]:
     # Behind --, torchrun does not take the script's --run for its own --run-path.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--"]
     command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        before = {
-            number: signal.signal(number, lambda number, _: process.send_signal(number))
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, forwarding_signals(process):
         output, _ = process.communicate()
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if process.returncode:
         sys.exit(process.returncode)
     return json.loads(output.splitlines()[-1])
+
+
+@contextmanager
+def forwarding_signals(process: subprocess.Popen) -> Iterator[None]:
+    """SIGTERM and SIGINT go to `process`, which saves and ends; this process lives on to see it."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[str]:

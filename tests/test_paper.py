@@ -1,0 +1,86 @@
+"""The whole paper on a tiny set: trains, averages, predicts, draws; stopped, it continues."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FLAGS = [
+    "--image-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "1",
+    "--log-every",
+    "2",
+    "--threads",
+    "1",
+    "--lr",
+    "0.01",
+]
+
+
+def command(data: Path, out: Path, *flags: str) -> list[str]:
+    given = ["sample", "--data", str(data), "--out", str(out)]
+    return [sys.executable, "-m", "fastnet.paper", *given, *flags, *FLAGS]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "paper"
+    with subprocess.Popen(
+        command(tiny_set, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:  # stopped as soon as the baseline is trained and the LSTM network begins
+            if line.startswith("LSTM network:"):
+                break
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert not (out / "results.json").exists()
+
+    done = subprocess.run([*command(tiny_set, out), "--json"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"{out / 'baseline'}: already done" in done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["done"] and result["count"] == 10
+    assert all(Path(file).stat().st_size for file in result["files"])
+
+    table = (out / "results.md").read_text()
+    assert table in done.stdout
+    endings = {"baseline": "| - | 0.338 |", "LSTM network": "| 0.3341 | 0.386 |", "ensemble": "| - | 0.329 |"}
+    for row, paper in endings.items():
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} ")]
+        assert line.endswith(paper)
+    results = json.loads((out / "results.json").read_text())
+    scores = np.load(out / "scores.npz")
+    right = (scores["average"].argmax(1) == scores["labels"]).mean()
+    assert results["average"]["top1"] == result["top1"] == pytest.approx(right)
+    assert f"| ensemble | {1 - right:.4f} |" in table
+
+    lines = (out / "predictions.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"test_{i}.JPEG" for i in range(5)]
+    assert (out / "figures" / "training.png").exists()
+    # Without ImageNet weights the frozen convolutions are the baseline's.
+    config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
+    assert config["weights"] == str(out / "baseline" / "best.pt") and config["head_epochs"] == 2
+
+
+def test_bad_flags_are_train_pys_to_refuse(tiny_set: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(tiny_set, tmp_path / "paper", "--nonsense"), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: unrecognized arguments: --nonsense (see train.py --help)"
+    ]
