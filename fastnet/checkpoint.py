@@ -24,7 +24,7 @@ from fastnet.runtime import Runtime
 
 FORMAT = 1
 # What a continued run may be given anew: it changes where and how far the run goes, not what it computes.
-FREE = {"max_steps", "threads", "checkpoint_every", "decode", "backend"}
+FREE = {"max_steps", "threads", "checkpoint_every", "decode", "backend", "profile_steps"}
 
 
 KEYS = {"format", "config", "model", "optimizer", "scaler", "position", "classes", "words", "data_hash"}

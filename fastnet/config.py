@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
@@ -88,6 +89,9 @@ class Config:
         500, "training", "steps between checkpoints (each epoch saves too)", least=1
     )
     log_every: int = _flag(20, "training", "steps between records of the training loss", least=1)
+    profile_steps: str = _flag(
+        "none", "training", "A:B profiles the steps after step A up to step B; benchmarks/README.md"
+    )
 
     def __post_init__(self) -> None:
         for owner in (self, self.augment):
@@ -110,6 +114,8 @@ class Config:
                     raise InputError(
                         f"--seq-len {self.seq_len}: must divide the {channels} channels of {stage}"
                     )
+        if self.profile_steps != "none" and not _is_window(self.profile_steps):
+            raise InputError(f"--profile-steps {self.profile_steps}: give A:B with A below B, such as 20:25")
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
 
@@ -124,6 +130,14 @@ class Config:
             )
             for stage in sorted(self.stages)
         ]
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """Steps done before and after what is profiled."""
+        if self.profile_steps == "none":
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        return int(first), int(last)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -224,6 +238,11 @@ def from_flags(preset: Config, flags: dict[str, Any]) -> Config:
 
 def _comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _is_window(text: str) -> bool:
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    return match is not None and int(match[1]) < int(match[2])
 
 
 def _flag_name(item: dataclasses.Field) -> str:

@@ -26,6 +26,7 @@ from fastnet.config import Config
 from fastnet.model import Network
 from fastnet.phases import Phase, learning_rate, make_optimizer
 from fastnet.pipeline import EvalStream, TrainStream
+from fastnet.profiling import span
 from fastnet.runtime import Runtime
 
 # Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks.
@@ -96,19 +97,19 @@ def train_step(job: Job) -> None:
         group["lr"] = rate
     for part in range(config.accumulate):
         started = time.perf_counter()
-        with runtime.span("data"):
+        with span("data", runtime.device):
             x, y, _ = next(job.stream)  # [B, 3, S, S], [B]
         job.waits.append(time.perf_counter() - started)
         last = part == config.accumulate - 1
         with contextlib.nullcontext() if last else _no_sync(job.model):
-            with runtime.span("forward"), runtime.autocast():
+            with span("forward", runtime.device), runtime.autocast():
                 logits = job.model(x)  # [B, K]
             # DDP averages over the ranks: with this factor every image of the global batch weighs the same.
             loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="sum")
-            with runtime.span("backward"):
+            with span("backward", runtime.device):
                 job.scaler.scale(loss * (runtime.world_size / config.batch_size)).backward()
         _count(job.totals, logits.detach(), y)
-    with runtime.span("optimizer"):
+    with span("optimizer", runtime.device):
         job.scaler.step(job.optimizer)
         job.scaler.update()
         job.optimizer.zero_grad(set_to_none=True)

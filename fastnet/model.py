@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastnet.cli import InputError
 from fastnet.config import Config, stage_channels
+from fastnet.profiling import span
 
 LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 
@@ -56,7 +57,7 @@ class Network(nn.Module):
             raise ValueError("the images must be channels_last: they are the pipeline's, without a copy")
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             features = self.features(x)
-        with torch.profiler.record_function("lstm" if self.lstm else "pool"):
+        with span("lstm" if self.lstm else "pool", x.device):
             if self.lstm is not None:
                 z = self.lstm(features)  # [B, D]
             else:
@@ -65,7 +66,7 @@ class Network(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The outputs of the stages that the head reads, each [B, C, H, W], shallow to deep."""
-        with torch.profiler.record_function("backbone"):
+        with span("backbone", x.device):
             net = self.backbone
             x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
             outputs = []

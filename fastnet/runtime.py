@@ -47,16 +47,6 @@ class Runtime:
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    @contextlib.contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """A named range that torch.profiler and, on a GPU, Nsight Systems show."""
-        if self.device.type == "cuda":
-            torch.cuda.nvtx.range_push(name)
-        with torch.profiler.record_function(name):
-            yield
-        if self.device.type == "cuda":
-            torch.cuda.nvtx.range_pop()
-
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` over the ranks, in place."""
         if self.world_size > 1:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastnet import checkpoint, engine, phases, record
+from fastnet import checkpoint, engine, phases, profiling, record
 from fastnet.checkpoint import Position
 from fastnet.cli import InputError, Parser
 from fastnet.cli import run as run_command
@@ -89,7 +89,8 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
     plan = phases.plan(config)
     facts = {"data_hash": data.hash, "classes": data.classes, "words": data.words}
 
-    with StopVote(runtime) as vote, recorder, closing(train_stream), closing(val_stream):
+    window = profiling.Window(config.profile_window, runtime.device, run / f"trace-rank{runtime.rank}.json")
+    with StopVote(runtime) as vote, recorder, closing(train_stream), closing(val_stream), window:
 
         def save(job: engine.Job, metrics_bytes: int, best: bool = False) -> None:
             """Keeps all that is needed to continue from here; refuses to after a loss that was not finite."""
@@ -102,6 +103,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
 
         def after_step(job: engine.Job) -> bool:
             """Records and saves when it is time; True asks the epoch to end here."""
+            window.at(position.step)
             recorder.step()
             if position.step % config.log_every == 0:
                 recorder.event("step", **engine.interval(job))
@@ -111,6 +113,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
                 save(job, recorder.size())
             return position.step == config.max_steps
 
+        window.at(position.step)
         for index, phase in enumerate(plan[position.phase :], position.phase):
             job = engine.begin_phase(config, phase, network, train_stream, runtime, position)
             if position.phase_epoch == position.step_in_epoch == 0:

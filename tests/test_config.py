@@ -18,7 +18,7 @@ FLAGS = """
 --accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --epochs
 --erase --eval-crop --flip --head-epochs --head-lr --head-optimizer --image-size --label-smoothing
 --log-every --lr --max-steps --min-crop --momentum --network --optimizer --plateau --plateau-delta
---precision --seed --seq-len --stages --threads --warmup --weight-decay --weights
+--precision --profile-steps --seed --seq-len --stages --threads --warmup --weight-decay --weights
 """
 
 
@@ -79,6 +79,8 @@ def test_config_survives_json(preset: str, network: str) -> None:
         (["--stages", "conv6"], r"--stages conv6: name some of conv2, conv3, conv4, conv5"),
         (["--stages", "conv5,conv5"], r"--stages conv5,conv5: .* each at most once"),
         (["--network", "lstm", "--seq-len", "100"], r"--seq-len 100: must divide the 256 channels of conv4"),
+        (["--profile-steps", "7:5"], r"--profile-steps 7:5: give A:B with A below B"),
+        (["--profile-steps", "7"], r"--profile-steps 7: give A:B with A below B"),
         (["--epochs", "0"], r"--epochs 0 with --head-epochs 0: nothing to train"),
         (["--batchsize", "3"], r"unrecognized arguments: --batchsize"),
     ],

@@ -1,0 +1,73 @@
+"""What happens in a step: named ranges, and a window of steps that a profiler records."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fastnet.files import replaced
+
+
+def span(name: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """A named range, for torch.profiler and, on a GPU, for Nsight Systems too."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _cuda_span(name)
+    return torch.profiler.record_function(name)
+
+
+@contextlib.contextmanager
+def _cuda_span(name: str) -> Iterator[None]:
+    with torch.cuda.nvtx.range(name), torch.profiler.record_function(name):
+        yield
+
+
+class Window:
+    """Records the steps after step `first` up to step `last` of a run, on the rank that it is made on.
+
+    On a GPU it opens the window that `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off`
+    wait for (benchmarks/nsys.sh and ncu.sh). Elsewhere torch.profiler writes `trace`, for ui.perfetto.dev.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, device: torch.device, trace: Path) -> None:
+        self.first, self.last = steps or (0, 0)
+        self.device, self.trace = device, trace
+        self.profiler: torch.profiler.profile | None = None
+        self.open = False
+
+    def __enter__(self) -> Window:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def at(self, step: int) -> None:
+        """To be called before the first step and after each, with the number of steps done."""
+        if self.first <= step < self.last and not self.open:
+            self._open()
+        elif step >= self.last:
+            self._close()
+
+    def _open(self) -> None:
+        self.open = True
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.profiler.start()
+        else:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profiler.start()
+
+    def _close(self) -> None:
+        if not self.open:
+            return
+        self.open = False
+        if self.profiler is None:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.profiler.stop()
+            return
+        self.profiler.stop()
+        with replaced(self.trace) as beside:
+            self.profiler.export_chrome_trace(str(beside))
+        self.profiler = None
