@@ -17,7 +17,7 @@ import fastnet_kernels
 import pytest
 import torch
 import triton
-from fastnet_kernels import ChannelGroupLSTM, Stage, fused, gemm
+from fastnet_kernels import ChannelGroupLSTM, Stage, launch
 from ptxrun import Stats, run_triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
@@ -137,17 +137,13 @@ class Executed:
         return run
 
 
-KERNELS = {
-    fused: ("forward_kernel", "backward_kernel"),
-    gemm: ("project_kernel", "input_gradient_kernel", "weight_gradient_kernel"),
-}
-
-
-def execute_ptx(patch: pytest.MonkeyPatch, **options: Any) -> dict[str, list[Stats]]:
-    """From here on fastnet_kernels.launch runs PTX on the CPU; returns the kernels' Stats as they come."""
+def execute_ptx(
+    patch: pytest.MonkeyPatch, launch: ModuleType = launch, **options: Any
+) -> dict[str, list[Stats]]:
+    """From here on the launch module runs PTX on the CPU; returns the kernels' Stats as they come."""
     runs: dict[str, list[Stats]] = {}
-    for module, names in KERNELS.items():
-        for name in names:
+    for module in (launch.fused, launch.gemm):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
             patch.setattr(module, name, Executed(getattr(module, name), runs, **options))
     return runs
 
@@ -169,8 +165,9 @@ def failures(
     recompute: bool = False,
     scale: float = 1.0,
     seed: int = 0,
+    device: str = "cpu",
 ) -> list[Failure]:
-    """Runs forward and backward; compares the output and every gradient with float64 nn.LSTM, in the 2-norm.
+    """Runs forward and backward on `device`; compares the output and every gradient with float64 nn.LSTM, in the 2-norm.
 
     The bound is the project's: 2 times (output) or 3 times (gradients) the error of eager nn.LSTM in the same
     dtype. Where eager is more exact by chance, the rounding of the result itself (eps) takes its place, or the
@@ -198,6 +195,8 @@ def failures(
             at += 4 * s.groups
         return [y.detach(), *grads[: len(x)], *stacked]
 
+    exact, eager = reference(torch.float64), reference(dtype)
+    module, x, dout = module.to(device), [f.to(device) for f in x], dout.to(device)
     with torch.no_grad():
         y, gates, h, c = launch.forward(x, module.weights(), module.stages, save=True, recompute=recompute)
         d_x, d_w = launch.backward(dout, x, module.weights(), module.stages, gates, h, c, needs_dx=True)
@@ -205,11 +204,11 @@ def failures(
     names += [f"{w}{n}" for n in range(len(x)) for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     ours = [y, *d_x, *(t for w in d_w for t in w)]
     found = []
-    for name, mine, exact, eager in zip(names, ours, reference(torch.float64), reference(dtype), strict=True):
-        error = (mine.double() - exact).norm().item()
-        least = torch.finfo(dtype).eps * exact.norm().item()
-        least = max(least, torch.finfo(torch.float32).eps * exact.numel() ** 0.5)
-        bound = (2 if name == "output" else 3) * max((eager.double() - exact).norm().item(), least)
+    for name, mine, true, theirs in zip(names, ours, exact, eager, strict=True):
+        error = (mine.double().cpu() - true).norm().item()
+        least = torch.finfo(dtype).eps * true.norm().item()
+        least = max(least, torch.finfo(torch.float32).eps * true.numel() ** 0.5)
+        bound = (2 if name == "output" else 3) * max((theirs.double() - true).norm().item(), least)
         if not error <= bound:  # also NaN
             found.append(Failure(name, error, bound))
     return found

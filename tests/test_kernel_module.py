@@ -62,6 +62,20 @@ def test_lstms_both_ways() -> None:
     torch.testing.assert_close(module(x), run_lstms(lstms, x, module.stages))
 
 
+def test_cudnn_order_both_ways() -> None:
+    """The order of nn.LSTM's own flat weights, which on a GPU are cuDNN's (see test_kernel_gpu.py)."""
+    module = ChannelGroupLSTM(STAGES)
+    buffers = module.to_cudnn()
+    for buffer, lstm in zip(buffers, module.to_lstms(), strict=True):
+        assert torch.equal(buffer, torch.cat([p.flatten() for p in lstm._flat_weights]))
+    other = ChannelGroupLSTM(STAGES)
+    other.load_cudnn(buffers)
+    for p, q in zip(other.parameters(), module.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match="buffer 1 has 3 elements"):
+        other.load_cudnn([buffers[0], torch.zeros(3), *buffers[2:]])
+
+
 def test_initialised_as_nn_lstm() -> None:
     module = ChannelGroupLSTM([(4, 2, 64)])
     for p in module.parameters():

@@ -38,7 +38,7 @@ def backward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resour
     return cross_compile(
         fused.backward_kernel,
         arch,
-        {n: dtype for n in ("gates", "w", "dout", "dgates")} | {n: FP32 for n in ("c", "dh", "dc")},
+        dict.fromkeys(("gates", "w", "dout", "dgates"), dtype) | dict.fromkeys(("c", "dh", "dc"), FP32),
         {"PLANS": plans(stages, dtype, arch), "R": BATCH_TILE},
         **launch.recurrent_options(dtype, forward=False),
     )
@@ -97,7 +97,7 @@ def test_gemms(arch: int) -> None:
     project = cross_compile(
         gemm.project_kernel,
         arch,
-        {n: BF16 for n in ("x", "w_ih", "h", "w_hh", "gates")} | {"bias": FP32},
+        dict.fromkeys(("x", "w_ih", "h", "w_hh", "gates"), BF16) | {"bias": FP32},
         {"P": p, "ROWS": rows, "BK": k, "RECOMPUTE": True},
         **options,
     )

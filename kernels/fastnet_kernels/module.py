@@ -107,6 +107,24 @@ class ChannelGroupLSTM(nn.Module):
                 lstms.append(lstm)
         return lstms
 
+    def to_cudnn(self) -> list[Tensor]:
+        """Each group's parameters as cuDNN's flat weight buffer: W_ih, W_hh, b_ih, b_hh, gates i, f, g, o."""
+        return [torch.cat([p.detach().flatten() for p in lstm.parameters()]) for lstm in self.to_lstms()]
+
+    @torch.no_grad()
+    def load_cudnn(self, buffers: Sequence[Tensor]) -> None:
+        """The inverse of to_cudnn. Raises ValueError for buffers of another number or size."""
+        lstms = self.to_lstms()
+        if len(buffers) != len(lstms):
+            raise ValueError(f"{len(lstms)} groups need as many buffers, got {len(buffers)}")
+        for n, (lstm, buffer) in enumerate(zip(lstms, buffers, strict=True)):
+            sizes = [p.numel() for p in lstm.parameters()]
+            if buffer.numel() != sum(sizes):
+                raise ValueError(f"buffer {n} has {buffer.numel()} elements, needs {sum(sizes)}")
+            for p, part in zip(lstm.parameters(), buffer.flatten().split(sizes), strict=True):
+                p.copy_(part.view_as(p))
+        self.load_lstms(lstms)
+
     def extra_repr(self) -> str:
         return (
             f"stages={[tuple(s) for s in self.stages]}, backend={self.backend!r}, recompute={self.recompute}"

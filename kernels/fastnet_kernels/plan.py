@@ -89,12 +89,9 @@ class Plan(NamedTuple):
         return self.units * self.chunks
 
 
-def plan(
-    stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool, table: Sequence[Tile] | None = None
-) -> tuple[Plan, ...]:
-    """The stages of a call, by the launch table of `arch` (one not in it: the 99 KB rows) or by `table`."""
-    if table is None:
-        table = _FLOAT32 if dtype == torch.float32 else LAUNCH.get(arch, _SMALL_SHARED)
+def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
+    """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB)."""
+    table = _FLOAT32 if dtype == torch.float32 else LAUNCH.get(arch, _SMALL_SHARED)
     plans: list[Plan] = []
     group = gates = states = weights = carry = column = 0
     outputs = sum(s.groups * s.hidden for s in stages)

@@ -1,0 +1,79 @@
+"""Finds launch-table rows for the GPU at hand: python -m fastnet_kernels.tune --stages 4x64x196,8x64x49.
+
+Nothing is tuned by itself, at import or in a first step: put the rows it prints into LAUNCH in plan.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from .module import ChannelGroupLSTM
+from .naive import Stage
+from .plan import BLOCKED, LAUNCH, RESIDENT, STREAMED, Tile, architecture
+
+
+def candidates(hidden: int) -> Iterator[Tile]:
+    """Rows that could serve a hidden size: where W_hh is kept, pipeline depths, block of K."""
+    if hidden <= 64:
+        yield Tile(hidden, RESIDENT, 16 if hidden <= 16 else 32, 16 if hidden <= 16 else 32, 3, 3)
+    for forward, backward in product((2, 3, 4), repeat=2):
+        if hidden <= 256:
+            yield Tile(hidden, STREAMED, 32, 64, forward, backward)
+        for block in (32, 64, 128):
+            yield Tile(hidden, BLOCKED, 32, block, forward, backward)
+
+
+def milliseconds(stage: Stage, tile: Tile, batch: int, dtype: torch.dtype) -> float:
+    """Median time of forward and backward of one stage with a row, infinite if it cannot be launched."""
+    import triton
+    from triton.runtime.errors import OutOfResources
+
+    from . import launch
+
+    device = torch.device("cuda")
+    LAUNCH[architecture(device)] = (tile,)
+    module = ChannelGroupLSTM([stage], backend="triton").to(device)
+    x = torch.randn(batch, stage.groups * stage.seq_len, stage.hidden, 1, device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    dout = torch.randn(batch, module.out_features, device=device, dtype=dtype)
+    weights = module.weights()
+
+    def step() -> None:
+        with torch.no_grad():
+            _, *saved = launch.forward([x], weights, [stage], save=True, recompute=False)
+            launch.backward(dout, [x], weights, [stage], *saved, needs_dx=True)
+
+    try:
+        return triton.testing.do_bench(step, return_mode="median")
+    except OutOfResources:
+        return float("inf")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastnet_kernels.tune", description=__doc__)
+    parser.add_argument("--stages", required=True, help="GROUPSxSTEPSxHIDDEN, comma separated")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    arguments = parser.parse_args()
+    stages = [Stage(*map(int, s.split("x"))) for s in arguments.stages.split(",")]
+    if not torch.cuda.is_available():
+        print("error: tuning needs an NVIDIA GPU", file=sys.stderr)
+        return 2
+    print(f"rows for sm_{architecture(torch.device('cuda'))}:")
+    for stage in stages:
+        times = {
+            tile: milliseconds(stage, tile, arguments.batch, getattr(torch, arguments.dtype))
+            for tile in candidates(stage.hidden)
+        }
+        best = min(times, key=lambda tile: times[tile])
+        print(f"{best}  # {times[best]:.3f} ms forward and backward, {stage}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
