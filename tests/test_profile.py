@@ -59,7 +59,7 @@ def test_a_trace_that_cannot_be_written(tiny_set: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "trace-rank0.json").mkdir(parents=True)
     given = ["--data", str(tiny_set), "--run", str(run)]
-    with pytest.raises(InputError, match="trace-rank0.json: cannot be written"):
+    with pytest.raises(InputError, match=r"trace-rank0\.json: cannot be written"):
         train.main([*FLAGS.split(), *given, "--profile-steps", "0:1", "--max-steps", "2"])
 
 
