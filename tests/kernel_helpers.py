@@ -167,7 +167,7 @@ def failures(
     seed: int = 0,
     device: str = "cpu",
 ) -> list[Failure]:
-    """Runs forward and backward on `device`; compares the output and every gradient with float64 nn.LSTM, in the 2-norm.
+    """Runs forward and backward on `device`; compares all results with float64 nn.LSTM, in the 2-norm.
 
     The bound is the project's: 2 times (output) or 3 times (gradients) the error of eager nn.LSTM in the same
     dtype. Where eager is more exact by chance, the rounding of the result itself (eps) takes its place, or the

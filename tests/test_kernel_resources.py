@@ -11,6 +11,9 @@ import torch
 from fastnet_kernels import Stage, fused, gemm, launch
 from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
 from kernel_helpers import Resources, cross_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))
@@ -127,3 +130,19 @@ def test_padded_work() -> None:
     forward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.pieces) + rest
     backward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.wide) + rest
     assert forward_work <= 1.27 * useful and backward_work <= 1.36 * useful
+
+
+@pytest.mark.parametrize("kernel", [fused.forward_kernel, fused.backward_kernel, gemm.project_kernel])
+def test_one_binary_for_every_batch_size(kernel: Any) -> None:
+    """The batch is no part of what a launch is specialised on."""
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants = {"P", "PLANS", "STATES", "GATES", "R", "ROWS", "BK", "RECOMPUTE"}
+    sizes = {"batch", "padded_batch"}
+    specialised = []
+    for batch in (1, 5, 16, 17, 256):
+        values = {
+            n: batch if n in sizes else 1 if n in constants else torch.empty(16) for n in kernel.arg_names
+        }
+        specialised.append(bind(*values.values(), debug=False)[1])
+    assert all(s == specialised[0] for s in specialised)
