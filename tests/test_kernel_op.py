@@ -93,15 +93,17 @@ def test_opcheck(recompute: bool) -> None:
 
 
 @pytest.mark.usefixtures("triton_on_cpu")
-def test_compile_fullgraph() -> None:
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_compile_fullgraph(backend: op.Backend) -> None:
+    """A small network in one graph, one binary for both batch sizes' shapes, forward and backward."""
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()).to(memory_format=torch.channels_last)
-    one = ChannelGroupLSTM([(1, 2, 4)], backend="triton")
+    lstm = ChannelGroupLSTM([(1, 2, 4)], backend=backend)
 
     def forward(image: Tensor) -> Tensor:
-        return one([network(image)])
+        return lstm([network(image)])
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager", dynamic=True)
-    parameters = [*network.parameters(), *one.parameters()]
+    parameters = [*network.parameters(), *lstm.parameters()]
     for batch in (2, 3):
         image = torch.randn(batch, 3, 2, 2)
         y, expected = compiled(image), forward(image)
@@ -109,6 +111,13 @@ def test_compile_fullgraph() -> None:
         torch.testing.assert_close(
             torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
         )
+
+
+@pytest.mark.usefixtures("triton_on_cpu")
+def test_any_memory_format() -> None:
+    ours, _ = pair()
+    x = inputs(2, requires_grad=False)
+    torch.testing.assert_close(ours([f.contiguous() for f in x]), ours(x), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("triton_on_cpu")

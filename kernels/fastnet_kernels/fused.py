@@ -18,7 +18,8 @@ padding rows repeat the last sample; with a zero gradient of the output their gr
 Triton orders nothing between threads in global memory: wherever a thread reads there what another thread of the
 program wrote, a tl.debug_barrier() stands between. It stands in the loop over the steps, never in a pipelined
 loop, where it would stop the pipelining; and no pipelined loop stores to what it loads from, because its loads
-run ahead of its stores.
+run ahead of its stores. Some of these barriers are doubled by one that the compiler puts at the end
+of a pipelined loop for its own use of shared memory; nothing promises that one.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def forward_group(
     HP: tl.constexpr = P.units * P.chunks
     tiles = (batch + R - 1) // R
     tile = (tl.program_id(0) % tiles).to(tl.int64)
-    g = tl.program_id(0) // tiles - P.first_group
+    g = (tl.program_id(0) // tiles).to(tl.int64) - P.first_group
     if (g >= 0) & (g < P.groups):
         bp = tiles.to(tl.int64) * R
         gates += bp * P.gates_at + (g * P.steps * bp + tile * R) * (4 * HP)
@@ -330,7 +331,7 @@ def backward_group(gates, c, w, dout, dgates, dh, dc, batch, P: tl.constexpr, R:
     HP: tl.constexpr = P.units * P.chunks
     tiles = (batch + R - 1) // R
     tile = (tl.program_id(0) % tiles).to(tl.int64)
-    g = tl.program_id(0) // tiles - P.first_group
+    g = (tl.program_id(0) // tiles).to(tl.int64) - P.first_group
     if (g >= 0) & (g < P.groups):
         bp = tiles.to(tl.int64) * R
         gates_at = bp * P.gates_at + (g * P.steps * bp + tile * R) * (4 * HP)

@@ -36,9 +36,9 @@ def project_kernel(
     HP: tl.constexpr = U * P.chunks
     pid = tl.program_id(0)
     j = pid % P.chunks
-    g = pid // P.chunks % P.groups
+    g = (pid // P.chunks % P.groups).to(tl.int64)
     b, t, live = sample_and_step(pid // (P.chunks * P.groups), padded_batch, P.steps, ROWS)
-    row = (g * P.steps + t) * padded_batch.to(tl.int64) + b  # of gates
+    row = (g * P.steps + t) * padded_batch + b  # of gates
     n = tl.arange(0, N)[None, :]
     k = tl.arange(0, BK)
 
@@ -51,7 +51,7 @@ def project_kernel(
         w_tile = tl.load(w_ih + s[:, None] * (4 * HP), mask=s[:, None] < P.hidden, other=0)
         a = tl.dot(x_tile, w_tile, a, input_precision="ieee")
     if RECOMPUTE:
-        h_row = (g * P.slots + t) * padded_batch.to(tl.int64) + b
+        h_row = (g * P.slots + t) * padded_batch + b
         h += h_row[:, None] * HP
         w_hh += (g * P.chunks + j) * (HP * N) + n
         for k0 in range(0, HP, BK):
@@ -71,9 +71,9 @@ def input_gradient_kernel(
     HP: tl.constexpr = P.units * P.chunks
     BLOCKS: tl.constexpr = (P.hidden + BN - 1) // BN
     pid = tl.program_id(0)
-    g = pid // BLOCKS % P.groups
+    g = (pid // BLOCKS % P.groups).to(tl.int64)
     b, t, live = sample_and_step(pid // (BLOCKS * P.groups), batch, P.steps, ROWS)
-    row = (g * P.steps + t) * padded_batch.to(tl.int64) + b
+    row = (g * P.steps + t) * padded_batch + b
     s = pid % BLOCKS * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
 
@@ -103,20 +103,19 @@ def weight_gradient_kernel(
     BLOCKS: tl.constexpr = (P.hidden + BK - 1) // BK
     pid = tl.program_id(0)
     j = pid // BLOCKS % P.chunks
-    g = pid // (BLOCKS * P.chunks) % P.groups
+    g = (pid // (BLOCKS * P.chunks) % P.groups).to(tl.int64)
     part = pid // (BLOCKS * P.chunks * P.groups)
     n = j * N + tl.arange(0, N)
     k = pid % BLOCKS * BK + tl.arange(0, BK)
     k_in = tl.minimum(k, P.hidden - 1)[None, :]
-    bp = padded_batch.to(tl.int64)
 
     acc = tl.full((N, BK), 0, tl.float32)
     for m in range(part * tiles, part * tiles + tiles):
         b, t, live = sample_and_step(m, padded_batch, P.steps, ROWS)
-        row = (g * P.steps + t) * bp + b
+        row = (g * P.steps + t) * padded_batch + b
         d = tl.load(dgates + row[:, None] * (4 * HP) + n[None, :], mask=live[:, None], other=0)
         if HIDDEN:
-            at = ((g * P.slots + t) * bp + b)[:, None] * HP
+            at = ((g * P.slots + t) * padded_batch + b)[:, None] * HP
             y = tl.load(source + at + k[None, :], mask=k[None, :] < HP, other=0)
         else:
             at = (
@@ -125,5 +124,5 @@ def weight_gradient_kernel(
             )
             y = tl.load(source + at + k_in * (P.groups * P.steps))
         acc = tl.dot(tl.trans(d), y, acc, input_precision="ieee")
-    out = partial + ((part * P.groups + g) * (4 * HP) + n)[:, None].to(tl.int64) * P.hidden + k[None, :]
+    out = partial + ((part * P.groups + g) * (4 * HP) + n)[:, None] * P.hidden + k[None, :]
     tl.store(out, acc, mask=(k < P.hidden)[None, :])

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .naive import Stage, Weights
+from .naive import Stage, Weights, naive
 from .plan import padded_batch, plans_for, sizes
 
 Backend = Literal["auto", "triton", "torch"]
@@ -128,7 +128,13 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
 
 
 def _torch(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequence[Stage]) -> Tensor:
-    """One call of torch's LSTM per group: oneDNN on the CPU, cuDNN on a GPU."""
+    """One call of torch's LSTM per group: oneDNN on the CPU, cuDNN on a GPU.
+
+    torch.compile cannot trace the backward of that call (oneDNN saves absent tensors); it gets the plain loop.
+    """
+    if torch.compiler.is_compiling():
+        dtype = features[0].dtype
+        return naive(features, [Weights(*(p.to(dtype) for p in w)) for w in weights], stages)
     outputs = []
     for feature, w, (groups, seq_len, hidden) in zip(features, weights, stages, strict=True):
         batch, dtype = feature.shape[0], feature.dtype
