@@ -84,7 +84,7 @@ def test_other_rows_of_the_table(arch: int) -> None:
     assert_launchable(backward(OTHERS, BF16, arch), arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", LAUNCH)
 def test_float32(arch: int) -> None:
     stages = (Stage(1, 8, 16), Stage(1, 8, 784))
     assert_launchable(forward(stages, FP32, arch), arch)

@@ -19,7 +19,8 @@ Triton orders nothing between threads in global memory: wherever a thread reads 
 program wrote, a tl.debug_barrier() stands between. It stands in the loop over the steps, never in a pipelined
 loop, where it would stop the pipelining; and no pipelined loop stores to what it loads from, because its loads
 run ahead of its stores. Some of these barriers are doubled by one that the compiler puts at the end
-of a pipelined loop for its own use of shared memory; nothing promises that one.
+of a pipelined loop for its own use of shared memory; nothing promises that one. All copies are cp.async, which
+a barrier orders; bulk copies (TMA) of what the program has just stored would need a proxy fence besides.
 """
 
 from __future__ import annotations
