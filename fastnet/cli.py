@@ -57,6 +57,8 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
         result = main(argv)
         if "--json" in argv and is_main_rank():
             print(json.dumps(result), flush=True)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except InputError as error:
         fail(str(error), debug="--debug" in argv)
     except OSError as error:

@@ -170,13 +170,15 @@ def fast(network: str) -> Config:
 
 def sample(network: str) -> Config:
     """Minutes on a CPU: the generated sample at its own 64 px, from random weights."""
+    lstm = network == "lstm"
     return Config(
         network=network,
         image_size=64,
         weights="none",
         batch_size=64,
-        head_epochs=2 if network == "lstm" else 0,
-        epochs=8,
+        head_epochs=3 if lstm else 0,
+        head_lr=0.005,
+        epochs=5 if lstm else 8,
         lr=0.05,
         warmup=0.5,
         log_every=10,

@@ -75,7 +75,7 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     assert (out / "figures" / "training.png").exists()
     # Without ImageNet weights the frozen convolutions are the baseline's.
     config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
-    assert config["weights"] == str(out / "baseline" / "best.pt") and config["head_epochs"] == 2
+    assert config["weights"] == str(out / "baseline" / "best.pt") and config["head_epochs"] == 3
 
 
 def test_bad_flags_are_train_pys_to_refuse(tiny_set: Path, tmp_path: Path) -> None:
