@@ -95,7 +95,7 @@ def test_opcheck(recompute: bool) -> None:
 @pytest.mark.usefixtures("triton_on_cpu")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_compile_fullgraph(backend: op.Backend) -> None:
-    """A small network in one graph, one binary for both batch sizes' shapes, forward and backward."""
+    """A small network in one graph for any batch size, forward and backward."""
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()).to(memory_format=torch.channels_last)
     lstm = ChannelGroupLSTM([(1, 2, 4)], backend=backend)
 
@@ -214,5 +214,7 @@ def test_choice_of_the_backend(capsys: pytest.CaptureFixture[str], monkeypatch: 
         ChannelGroupLSTM(STAGES, backend="triton")(inputs())
     with pytest.raises(RuntimeError, match="float64"):
         ChannelGroupLSTM(STAGES, backend="triton")(inputs(dtype=torch.float64))
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, triton, torch"):
+        channel_group_lstm(inputs(), auto.weights(), auto.stages, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch is empty"):
         channel_group_lstm(inputs(0), auto.weights(), auto.stages)

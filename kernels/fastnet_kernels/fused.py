@@ -17,10 +17,10 @@ padding rows repeat the last sample; with a zero gradient of the output their gr
 
 Triton orders nothing between threads in global memory: wherever a thread reads there what another thread of the
 program wrote, a tl.debug_barrier() stands between. It stands in the loop over the steps, never in a pipelined
-loop, where it would stop the pipelining; and no pipelined loop stores to what it loads from, because its loads
-run ahead of its stores. Some of these barriers are doubled by one that the compiler puts at the end
-of a pipelined loop for its own use of shared memory; nothing promises that one. All copies are cp.async, which
-a barrier orders; bulk copies (TMA) of what the program has just stored would need a proxy fence besides.
+loop, where it would stop the pipelining; and a pipelined loop never loads what it has stored itself, because its
+loads run ahead of its stores. Some of these barriers are doubled by one that the compiler puts at the end of a
+pipelined loop for its own use of shared memory; nothing promises that one. All copies are cp.async, which a barrier
+orders; bulk copies (TMA) of what the program has just stored would need a proxy fence besides.
 """
 
 from __future__ import annotations
@@ -179,17 +179,9 @@ def forward_group(
 
 @triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
-    gates,
-    h,
-    c,
-    w,
-    out,
-    batch,
-    PLANS: tl.constexpr,
-    STATES: tl.constexpr,
-    GATES: tl.constexpr,
-    R: tl.constexpr,
-):
+    gates, h, c, w, out, batch, PLANS: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, R:
+    tl.constexpr,
+):  # fmt: skip
     """Grid: groups of all stages x batch tiles, the tiles of a group next to each other (W_hh stays in L2)."""
     for s in tl.static_range(len(PLANS)):
         forward_group(gates, h, c, w, out, batch, PLANS[s], STATES, GATES, R)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ class ChannelGroupLSTM(nn.Module):
         for s in self.stages:
             if s.groups < 1 or s.seq_len < 1 or not 1 <= s.hidden <= 1024:
                 raise ValueError(f"{s}: groups and seq_len must be at least 1, hidden from 1 to 1024")
-        if backend not in ("auto", "triton", "torch"):
-            raise ValueError(f"backend {backend!r} is not one of auto, triton, torch")
+        if backend not in get_args(op.Backend):
+            raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(op.Backend))}")
         self.backend: op.Backend = backend
         self.recompute = recompute
         self.backend_used: op.Backend | None = None

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def channel_group_lstm(
         [B, sum(G*H)] in the dtype of the computation.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown backend.
         RuntimeError: the backend asked for cannot run here.
     """
     check(features, weights, stages)
@@ -91,6 +91,8 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
 def choose(backend: Backend, device: str, dtype: torch.dtype) -> Backend:
     """The backend that runs for tensors on `device`; what auto picks is said once per process on stderr."""
     global _announced
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(Backend))}")
     if backend == "torch":
         return "torch"
     obstacle = _obstacle(device, dtype)
