@@ -1,6 +1,6 @@
 """Keeps what `make demo` gives on this machine: its time, its table and its figures.
 
-    python -m benchmarks.demo
+python -m benchmarks.demo
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ def main() -> None:
         data, out = Path(folder) / "sample", Path(folder) / "demo"
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "fastnet.prepare", "sample", "--out", str(data)], check=True)
-        subprocess.run([sys.executable, "-m", "fastnet.paper", "--data", str(data), "--out", str(out)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "fastnet.paper", "--data", str(data), "--out", str(out)], check=True
+        )
         seconds = time.perf_counter() - started
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        print(write_result("demo", {"command": "make demo", "seconds": round(seconds, 1), "results": results}))
+        print(
+            write_result("demo", {"command": "make demo", "seconds": round(seconds, 1), "results": results})
+        )
         for figure in (out / "figures").iterdir():
             shutil.copy(figure, results_dir() / f"demo-{figure.name}")
 

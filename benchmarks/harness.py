@@ -1,24 +1,53 @@
-"""What every benchmark shares: the machine's name, where its results go, and what they record."""
+"""What every benchmark shares: how it times, and how it records what the numbers belong to.
+
+Times come in rounds, each of which runs every candidate once, so that what the machine does meanwhile falls on
+all of them alike. On a GPU, CUDA events on the stream and an L2 cache flushed before each measurement or left warm.
+"""
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
 import os
 import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from fastnet.record import surroundings
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+QUICK = ROOT.parent / "runs" / "benchmarks"  # what --quick measures is to be looked at, not kept
+GPU_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "driver_version")
 
 
-def results_dir() -> Path:
+def parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The flags of every benchmark."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{module}", description=(about or "").split("\n\n")[0]
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="under a minute on two cores; kept in runs/benchmarks"
+    )
+    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="most CPU threads")
+    return made
+
+
+def results_dir(root: Path = RESULTS) -> Path:
     """The directory of this machine's results: processor or GPU, and cores."""
     name = f"{surroundings()['machine']} {len(os.sched_getaffinity(0))} cores"
     plain = re.sub(r"\(\w+\)", "", name).lower()
-    path = RESULTS / re.sub("[^a-z0-9]+", "-", plain).strip("-")
+    path = root / re.sub("[^a-z0-9]+", "-", plain).strip("-")
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -34,3 +63,206 @@ def write_result(name: str, values: dict[str, Any]) -> Path:
     path = results_dir() / f"{name}.json"
     path.write_text(json.dumps({**about, **values}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+@cache
+def about() -> dict[str, Any]:
+    """What does not change during a benchmark: date, machine, versions, git revision. Empty: not there."""
+    known = surroundings()
+    versions = known["versions"]
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": known["machine"],
+        "cores": len(os.sched_getaffinity(0)),
+        "git": known["git"],
+        "python": versions["python"],
+        "torch": versions["torch"],
+        "torchvision": versions["torchvision"],
+        "triton": versions["triton"],
+        "dali": versions["nvidia-dali-cuda120"],
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else "",
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks in MHz, watts, degrees and driver as nvidia-smi gives them now; read, never set. Empty without it."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return dict.fromkeys(GPU_FIELDS, "")
+    query = f"--query-gpu={','.join(GPU_FIELDS)}"
+    device = f"--id={torch.cuda.current_device()}"
+    command = ["nvidia-smi", query, device, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    values = [value.strip() for value in done.stdout.split(",")]
+    return dict(zip(GPU_FIELDS, values, strict=False))
+
+
+class Table:
+    """The rows of one benchmark: a long CSV in which each row says all that it belongs to."""
+
+    def __init__(self, name: str, *, quick: bool) -> None:
+        self.name, self.quick = name, quick
+        self.rows: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        case: Mapping[str, Any],
+        provider: str,
+        quantity: str,
+        unit: str,
+        samples: np.ndarray | list[float],
+        **more: Any,
+    ) -> None:
+        """A measurement: its quantiles over `samples`, and on the screen one line."""
+        p20, p50, p80 = np.percentile(samples, [20, 50, 80])
+        values = {"p20": f"{p20:.5g}", "p50": f"{p50:.5g}", "p80": f"{p80:.5g}", "n": len(samples)}
+        self._put(case, provider, quantity, unit, {**values, **more})
+        print(f"  {provider:<34}{quantity:<20}{values['p50']:>10} {unit}", flush=True)
+
+    def note(self, case: Mapping[str, Any], provider: str, note: str) -> None:
+        """A candidate without a time, and why."""
+        self._put(case, provider, "", "", {"note": note})
+        print(f"  {provider:<34}{note}", flush=True)
+
+    def _put(
+        self, case: Mapping[str, Any], provider: str, quantity: str, unit: str, values: Mapping[str, Any]
+    ) -> None:
+        row = {"benchmark": self.name, **case, "provider": provider, "quantity": quantity, "unit": unit}
+        load = {"load_1_min": round(os.getloadavg()[0], 2)}
+        self.rows.append({**row, **values, **load, **gpu_state(), **about()})
+
+    def write(self) -> Path:
+        """Replaces NAME.csv of this machine."""
+        path = results_dir(QUICK if self.quick else RESULTS) / f"{self.name}.csv"
+        write_csv(path, self.rows)
+        print(path)
+        return path
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Laps:
+    """Marks moments within one measurement: CUDA events on a GPU, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+        self("start")
+
+    def __call__(self, name: str) -> None:
+        """The end of the lap `name`."""
+        moment: Any = time.perf_counter()
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.marks.append((name, moment))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Each lap, and their sum as "total"."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        laps = {}
+        marks = [*self.marks, ("total", self.marks[-1][1])]
+        for n, (name, moment) in enumerate(marks[1:], 1):
+            before = marks[0 if name == "total" else n - 1][1]
+            laps[name] = before.elapsed_time(moment) if self.cuda else (moment - before) * 1e3
+        return laps
+
+
+Candidate = Callable[[Laps], None]
+
+
+def alternate(
+    candidates: Mapping[str, Candidate],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 1000,
+    warmup: int = 1,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
+
+    Each candidate runs `warmup` times unmeasured; then rounds of all of them follow, the order turned by one from
+    round to round, until `seconds` are over: at least `least` rounds, at most `most`. `before` comes before each
+    measurement, outside of it.
+    """
+    for candidate in candidates.values():
+        for _ in range(warmup):
+            candidate(Laps(device))
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in candidates}
+    names = list(candidates)
+    began = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - began > seconds:
+            break
+        turn = done % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
+            before()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            laps = Laps(device)
+            candidates[name](laps)
+            for lap, value in laps.milliseconds().items():
+                taken[name].setdefault(lap, []).append(value)
+    return taken
+
+
+def l2_flush(device: torch.device) -> Callable[[], object]:
+    """Overwrites more than any L2 cache holds."""
+    buffer = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+    return buffer.zero_
+
+
+def captured(candidate: Callable[[], None]) -> Candidate:
+    """`candidate` as one CUDA graph, whose replay is the lap."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            candidate()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        candidate()
+
+    def replay(laps: Laps) -> None:
+        graph.replay()
+        laps("replay")
+
+    return replay
+
+
+def peak_mb(candidate: Candidate, device: torch.device) -> float | str:
+    """The allocator's peak on a GPU while `candidate` runs, above what was allocated before, in 2^20 bytes."""
+    if device.type != "cuda":
+        return ""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    candidate(Laps(device))
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def mark_ratios(rows: list[dict[str, Any]], baseline: str, keys: tuple[str, ...]) -> None:
+    """Adds `ratio` to each measurement: how many times faster than `baseline` in the same case, by the medians."""
+    base = {
+        tuple(r[k] for k in keys): float(r["p50"]) for r in rows if r["provider"] == baseline and r.get("p50")
+    }
+    for row in rows:
+        other = base.get(tuple(row[k] for k in keys))
+        if row.get("p50") and other:
+            own = float(row["p50"])
+            row["ratio"] = f"{own / other if row['unit'] == 'images/s' else other / own:.3f}"

@@ -1,0 +1,309 @@
+"""How fast do training images arrive, against what one would load them with instead?
+
+    python -m benchmarks.pipeline [--quick] [--data SET]
+
+Images a second of random resized crop, flip and normalisation into batches on the training device, by the number
+of CPU threads (worker processes for torch's DataLoader), all from the same JPEGs in the page cache. Before a
+measurement a provider first gives the batches that it had prepared meanwhile, so that only steady work counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.tensors import TensorCPU
+from nvidia.dali.types import DALIDataType
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.transforms import v2
+
+from benchmarks import harness
+from benchmarks.harness import Laps, Table
+from fastnet.augment import MEAN, STD
+from fastnet.config import Augment
+from fastnet.data import Split, default_set
+from fastnet.pipeline import PREFETCH, Spec, TrainStream
+
+BASELINE = "DataLoader, PIL"
+KEYS = ("image_size", "batch", "threads", "device", "quantity")
+SCALE, RATIO = (Augment.min_crop, 1.0), (3 / 4, 4 / 3)
+Take = Callable[[], Any]  # gives the next batch
+Opened = Iterator[Take]
+
+
+class Source:
+    """The training images as every provider wants them: prepared set, and a folder of class folders."""
+
+    def __init__(self, split: Split, folder: Path, batch: int) -> None:
+        self.split, self.folder, self.batch = split, folder, batch
+        for i, label in enumerate(split.labels):
+            path = folder / f"{label:04d}" / f"{i}.JPEG"
+            path.parent.mkdir(exist_ok=True, parents=True)
+            path.write_bytes(split.jpeg(i).tobytes())
+
+
+@contextlib.contextmanager
+def fastnet(source: Source, size: int, threads: int, device: torch.device, *, decode: str) -> Opened:
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    spec = Spec(size, device, dtype, decode, threads)
+    stream = TrainStream(source.split, spec, Augment(), batch_size=source.batch, seed=0)
+    yield lambda: next(stream)
+    stream.close()
+
+
+@pipeline_def(prefetch_queue_depth=PREFETCH)
+def reader_graph(folder: str, size: int, device: torch.device) -> Any:
+    """What DALI's own examples do: file reader with its shuffle, decoder, random resized crop."""
+    files, labels = fn.readers.file(file_root=folder, random_shuffle=True, name="reader")
+    cuda = device.type == "cuda"
+    images = fn.decoders.image(files, device="mixed" if cuda else "cpu")
+    images = fn.random_resized_crop(images, size=[size, size], random_area=SCALE, random_aspect_ratio=RATIO)
+    images = fn.crop_mirror_normalize(
+        images,
+        mirror=fn.random.coin_flip(),
+        mean=list(MEAN),
+        std=list(STD),
+        dtype=DALIDataType.FLOAT16 if cuda else DALIDataType.FLOAT,
+        output_layout="HWC",
+    )
+    return images, labels
+
+
+@contextlib.contextmanager
+def dali_reader(source: Source, size: int, threads: int, device: torch.device) -> Opened:
+    pipe = reader_graph(
+        str(source.folder), size, device, batch_size=source.batch, num_threads=threads, device_id=_id(device)
+    )
+    pipe.build()
+    yield lambda: torch.from_dlpack(pipe.run()[0].as_tensor())
+
+
+@pipeline_def(prefetch_queue_depth=PREFETCH)
+def decode_graph(feed: Callable, device: torch.device) -> Any:
+    files = fn.external_source(source=feed, dtype=DALIDataType.UINT8, ndim=1, batch=True, no_copy=True)
+    return fn.decoders.image(files, device="mixed" if device.type == "cuda" else "cpu")
+
+
+@contextlib.contextmanager
+def decode_only(source: Source, size: int, threads: int, device: torch.device) -> Opened:
+    """The limit: JPEGs to pixels by DALI's decoder, and nothing else."""
+    at = 0
+
+    def feed() -> list[TensorCPU]:
+        nonlocal at
+        at += source.batch
+        return [TensorCPU(source.split.jpeg(i % len(source.split))) for i in range(at - source.batch, at)]
+
+    pipe = decode_graph(feed, device, batch_size=source.batch, num_threads=threads, device_id=_id(device))
+    pipe.build()
+    yield pipe.run
+
+
+def _id(device: torch.device) -> int | None:
+    return torch.cuda.current_device() if device.type == "cuda" else None
+
+
+def augmentation(size: int) -> list[Any]:
+    return [v2.RandomResizedCrop(size, scale=SCALE, ratio=RATIO), v2.RandomHorizontalFlip()]
+
+
+def normalised() -> list[Any]:
+    """From uint8 CHW; fastnet's MEAN and STD are of 0..255."""
+    return [v2.ToDtype(torch.float32), v2.Normalize(list(MEAN), list(STD))]
+
+
+class Jpegs(Dataset):
+    """Files decoded by torchvision's decode_jpeg into tensors, then transforms v2."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.files = ImageFolder(folder).samples
+        self.transform = v2.Compose([*augmentation(size), *normalised()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        path, label = self.files[i]
+        return self.transform(decode_jpeg(read_file(path), mode=ImageReadMode.RGB)), label
+
+
+def pil_dataset(folder: Path, size: int) -> ImageFolder:
+    return ImageFolder(folder, v2.Compose([*augmentation(size), v2.PILToTensor(), *normalised()]))
+
+
+@contextlib.contextmanager
+def loader(
+    source: Source, size: int, threads: int, device: torch.device, *, make: Callable, labels: bool = False
+) -> Opened:
+    """torch's DataLoader with `threads` worker processes. Drawing without end spares it the gap between epochs."""
+    images = make(source.folder, size)
+    batches = DataLoader(
+        images,
+        source.batch,
+        sampler=RandomSampler(images, replacement=True, num_samples=2**40),
+        num_workers=threads,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_one_thread,
+    )
+    endless = iter(batches)
+
+    def take() -> Any:
+        x, y = (tensor.to(device, non_blocking=True) for tensor in next(endless))
+        return (x, y) if labels else x
+
+    yield take
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def ffcv(source: Source, size: int, threads: int, device: torch.device) -> Opened:
+    """FFCV over its own file of the same JPEGs, without decoding anew while writing."""
+    from ffcv.fields import IntField, RGBImageField  # not on every machine
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+
+    path = source.folder.parent / "train.beton"
+    if not path.exists():
+        fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
+        DatasetWriter(str(path), fields, num_workers=threads).from_indexed_dataset(ImageFolder(source.folder))
+    image = [
+        RandomResizedCropRGBImageDecoder((size, size), scale=SCALE, ratio=RATIO),
+        RandomHorizontalFlip(),
+        NormalizeImage(np.array(MEAN), np.array(STD), np.float32),
+        ToTensor(),
+        ToTorchImage(convert_back_int16=False),
+        *([ToDevice(device, non_blocking=True)] if device.type == "cuda" else []),
+    ]
+    label = [IntDecoder(), ToTensor()]
+    batches = Loader(
+        str(path),
+        batch_size=source.batch,
+        num_workers=threads,
+        order=OrderOption.RANDOM,
+        drop_last=True,
+        pipelines={"image": image, "label": label},
+    )
+
+    def endless() -> Iterator[torch.Tensor]:
+        while True:
+            for x, _ in batches:
+                yield x
+
+    yield endless().__next__
+
+
+def providers(device: torch.device) -> dict[str, Callable[..., contextlib.AbstractContextManager[Take]]]:
+    def with_decode(decode: str) -> Callable:
+        return lambda *given: fastnet(*given, decode=decode)
+
+    placements = ("gpu", "cpu", "raw") if device.type == "cuda" else ("cpu", "raw")
+    rows: dict[str, Callable] = {
+        BASELINE: lambda *given: loader(*given, make=pil_dataset),
+        "DataLoader, decode_jpeg": lambda *given: loader(*given, make=Jpegs),
+        "DALI file reader": dali_reader,
+        **{f"fastnet, decode {d}": with_decode(d) for d in placements},
+        "JPEG decoding alone": decode_only,
+    }
+    if find_spec("ffcv"):
+        rows["FFCV"] = ffcv
+    return rows
+
+
+def check(take: Take, source: Source, size: int, device: torch.device) -> str:
+    """A batch of finite normalised images of the right shape on the right device, or what is wrong with it."""
+    batch = take()
+    x = batch[0] if isinstance(batch, tuple) else batch
+    if x.shape not in ((source.batch, 3, size, size), (source.batch, size, size, 3)):
+        return f"gives {list(x.shape)}"
+    if x.device.type != device.type or not x.isfinite().all() or not 0.5 < x.float().std() < 2:
+        return "gives images that are not normalised, or elsewhere"
+    return ""
+
+
+def measure(
+    table: Table,
+    source: Source,
+    size: int,
+    threads: int,
+    device: torch.device,
+    *,
+    seconds: float,
+    batches: int,
+) -> None:
+    case = {"image_size": size, "batch": source.batch, "threads": threads, "device": device.type}
+    print(f"{size} px, {threads} threads")
+    with contextlib.ExitStack() as stack:
+        ready: dict[str, harness.Candidate] = {}
+        for name, opened in providers(device).items():
+            take = stack.enter_context(opened(source, size, threads, device))
+            problem = "" if opened is decode_only else check(take, source, size, device)
+            if problem:
+                table.note(case, name, problem)
+            else:
+                prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
+                ready[name] = timed(take, prepared, batches)
+        times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 3)
+    for name, laps in times.items():
+        rates = batches * source.batch * 1e3 / np.array(laps["batches"])
+        table.add(case, name, "batches", "images/s", rates)
+
+
+def timed(take: Take, prepared: int, batches: int) -> harness.Candidate:
+    """Takes out what was `prepared` meanwhile, measures `batches`, and lets the provider prepare as many again."""
+
+    def run(laps: Laps) -> None:
+        for _ in range(prepared):
+            take()
+        laps("prepared")
+        began = time.perf_counter()
+        for _ in range(batches):
+            take()
+        laps("batches")
+        # Its queues fill up while nobody else is measured.
+        time.sleep(1.5 * prepared * (time.perf_counter() - began) / batches)
+
+    return run
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = harness.parser("pipeline", __doc__)
+    parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    split = default_set(args.data).splits["train"]
+    table = Table("pipeline", quick=args.quick)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(split, Path(folder) / "train", min(128 if not args.quick else 32, len(split)))
+        counts = {args.threads} if args.quick else {1, 2, 4, 8, 16, args.threads}
+        for size in (64, 224):
+            for threads in sorted(n for n in counts if n <= args.threads):
+                seconds = 4 if args.quick else 30
+                batches = 4 if args.quick else max(8, 2 * threads)
+                measure(table, source, size, threads, device, seconds=seconds, batches=batches)
+    harness.mark_ratios(table.rows, BASELINE, KEYS)
+    if not find_spec("ffcv"):
+        print("FFCV is not installed here: not run")
+    if device.type == "cpu":
+        print("no GPU here: decode gpu was not run; the same command runs it where there is one")
+    table.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,299 @@
+"""How fast is a whole training step, where does its time go, and how near is it to what it could be?
+
+    python -m benchmarks.step [--quick] [--data SET]
+
+Both networks, in both phases, take turns: steps of a real epoch; the same steps on one batch that stays where it
+is, the limit; and the network as one would write it down first (torchvision's DataLoader over PIL images, NCHW,
+float32, an nn.LSTM per group, gradients for all parameters). Then where the time of an epoch's step goes, from
+torch.profiler's record of its ranges, and weak scaling over ranks with train.py itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Laps, Table
+from benchmarks.pipeline import Source, loader, pil_dataset
+from fastnet import engine, phases
+from fastnet.checkpoint import Position
+from fastnet.config import Config, paper
+from fastnet.data import PreparedSet, default_set
+from fastnet.model import LAYERS, Network
+from fastnet.pipeline import PREFETCH, Batch, Spec, TrainStream, resolve_decode
+from fastnet.runtime import Runtime, solo
+
+EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
+KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
+RANGES = ("data", "forward", "backbone", "lstm", "backward", "optimizer")
+LSTM_BACKWARD = re.compile(r"autograd::engine::evaluate_function: .*(rnn|lstm)", re.IGNORECASE)
+
+
+class Resident:
+    """A stream that gives the same batch again and again."""
+
+    def __init__(self, batch: Batch, steps_per_epoch: int) -> None:
+        self.batch, self.steps_per_epoch = batch, steps_per_epoch
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+
+class Plain(nn.Module):
+    """`network` written plainly, with its weights: NCHW, an nn.LSTM per group, float32."""
+
+    def __init__(self, network: Network, config: Config) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(network.backbone).to(memory_format=torch.contiguous_format)
+        self.stages, self.seq_len = network.stages, config.seq_len
+        self.lstms = nn.ModuleList(network.lstm.to_lstms() if network.lstm else [])
+        self.classifier = copy.deepcopy(network.classifier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        net = self.backbone
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        sequences = []
+        for stage, layer in LAYERS.items():
+            x = getattr(net, layer)(x)
+            if stage in self.stages:
+                sequences += x.flatten(2).split(self.seq_len, dim=1)  # [B, T, S] each
+        if not self.lstms:
+            return self.classifier(x.mean(dim=(2, 3)))
+        ends = [lstm(sequence)[1][0][0] for lstm, sequence in zip(self.lstms, sequences, strict=True)]
+        return self.classifier(torch.cat(ends, dim=1))
+
+
+def check(network: Network, plain: Plain, x: Tensor, runtime: Runtime) -> str:
+    """Compares the logits of both with those of `network` in float64, "" if near: a rounding for every layer."""
+    exact = copy.deepcopy(network).double().eval()
+    if exact.lstm is not None:
+        exact.lstm.backend = "torch"
+    network.eval()
+    plain.eval()
+    with torch.no_grad():
+        right = exact(x.double())
+        with runtime.autocast():
+            ours = network(x)
+        theirs = plain(x.float().contiguous())
+    network.train()
+    plain.train()
+    layers = 20 + (network.lstm.stages[0].seq_len if network.lstm else 0)
+    for name, logits, dtype in ((EPOCH, ours, runtime.amp or torch.float32), (PLAIN, theirs, torch.float32)):
+        error = ((logits.double() - right).norm() / right.norm()).item()
+        if not error <= layers * torch.finfo(dtype).eps:
+            return f"{name}: logits are off by {error:.2g} of their size against float64"
+    return ""
+
+
+def make_job(config: Config, phase: str, classes: int, stream: Any, runtime: Runtime) -> engine.Job:
+    torch.manual_seed(0)
+    network = Network(config, classes).to(runtime.device)
+    chosen = next(p for p in phases.plan(config) if p.name == phase)
+    job = engine.begin_phase(config, chosen, network, stream, runtime, Position())
+    job.clock.start(runtime.device)
+    return job
+
+
+def plain_step(model: Plain, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+    loss.backward()
+    optimizer.step()
+
+
+def in_turn(
+    step: Callable[[], None], take: Callable[[], Any], prepared: int, steps: int
+) -> harness.Candidate:
+    """`steps` measured, after taking out what the stream had `prepared`; then it may prepare as many again."""
+    for _ in range(prepared):
+        take()
+    began = time.perf_counter()
+    for _ in range(prepared):
+        take()
+    refill = 1.5 * (time.perf_counter() - began)
+
+    def run(laps: Laps) -> None:
+        for _ in range(prepared):
+            take()
+        laps("prepared")
+        for _ in range(steps):
+            step()
+        laps("steps")
+        if prepared:
+            time.sleep(refill)
+
+    return run
+
+
+def measure(
+    table: Table, data: PreparedSet, source: Source, case: dict[str, Any], runtime: Runtime, *, seconds: float
+) -> None:
+    """One network in one phase: epoch, limit and, where everything trains, the plain way."""
+    size, batch, threads = case["image_size"], case["batch"], case["threads"]
+    print(f"{case['network']}, phase {case['phase']}, {size} px, batch {batch}, {threads} threads")
+    config = replace(
+        paper(case["network"]), image_size=size, batch_size=batch, weights="none", head_epochs=1, plateau=0
+    )
+    spec = Spec(size, runtime.device, runtime.image_dtype, resolve_decode("auto", runtime.device), threads)
+    classes = len(data.classes)
+    steps = 2
+    with contextlib.ExitStack() as stack:
+        stream = TrainStream(data.splits["train"], spec, config.augment, batch_size=batch, seed=0)
+        stack.enter_context(contextlib.closing(stream))
+        job = make_job(config, case["phase"], classes, stream, runtime)
+        x, y, index = next(stream)
+        kept = Resident(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
+        limit = make_job(config, case["phase"], classes, kept, runtime)
+        plain = Plain(job.network, config).to(runtime.device)
+        problem = check(job.network, plain, kept.batch.x, runtime)
+        if problem:
+            table.note(case, EPOCH, problem)
+            return
+        ready = {
+            EPOCH: in_turn(lambda: engine.train_step(job), lambda: next(stream), PREFETCH, steps),
+            LIMIT: in_turn(lambda: engine.train_step(limit), lambda: None, 0, steps),
+        }
+        if case["phase"] == "full":
+            optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+            batches = stack.enter_context(
+                loader(source, size, threads, runtime.device, make=pil_dataset, labels=True)
+            )
+            work = lambda: plain_step(plain, optimizer, *batches())
+            ready[PLAIN] = in_turn(work, batches, 2 * threads, steps)
+        memory = {name: harness.peak_mb(run, runtime.device) for name, run in ready.items()}
+        times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 3)
+        for name, laps in times.items():
+            rates = steps * batch * 1e3 / np.array(laps["steps"])
+            table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
+        for name, share in breakdown(job, steps).items():
+            table.add(case, EPOCH, f"share {name}", "of a step", [share])
+
+
+def breakdown(job: engine.Job, steps: int) -> dict[str, float]:
+    """The share of a step in each range; "lstm backward" is inside "backward", lstm and backbone inside "forward".
+
+    On a GPU by the device's time, elsewhere by the host's.
+    """
+    cuda = job.runtime.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    engine.train_step(job)
+    with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("whole"):
+        for _ in range(steps):
+            engine.train_step(job)
+        if cuda:
+            torch.cuda.synchronize()
+    spent = dict.fromkeys((*RANGES, "lstm backward", "whole"), 0.0)
+    for event in profile.key_averages():
+        name = "lstm backward" if LSTM_BACKWARD.match(event.key) else event.key
+        if name in spent:
+            host = (
+                name in ("data", "whole") or not cuda
+            )  # waiting for data and the whole are the host's to tell
+            spent[name] += event.cpu_time_total if host else event.device_time_total
+    whole = spent.pop("whole")
+    shares = {name: value / whole for name, value in spent.items()}
+    shares["rest"] = 1 - sum(shares[n] for n in ("data", "forward", "backward", "optimizer"))
+    return shares
+
+
+def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
+    """Weak scaling: images/s of train.py with as many images a rank, one thread a rank on the CPU."""
+    cuda = torch.cuda.is_available()
+    most = torch.cuda.device_count() if cuda else threads
+    counts = [n for n in (1, 2, 4, 8) if n <= most]
+    size, share = (224, 256) if cuda else (64, 32)
+    rates: dict[int, list[float]] = {n: [] for n in counts}
+    print(f"weak scaling: lstm, {size} px, {share} images a rank")
+    for _ in range(1 if quick else 2):
+        for n in counts:
+            rates[n].append(trained_rate(data, n, size, share, steps=6 if quick else 20))
+    device = "cuda" if cuda else "cpu"
+    case = {
+        "network": "lstm",
+        "phase": "full",
+        "image_size": size,
+        "batch": share,
+        "threads": 1,
+        "device": device,
+    }
+    for n, values in rates.items():
+        table.add({**case, "ranks": n}, f"train.py, {n} ranks", "weak scaling", "images/s", values)
+
+
+def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps: int) -> float:
+    """Images/s of a real run by its median step."""
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += [
+            "--",
+            str(root / "fastnet" / "train.py"),
+            "sample",
+            "--network",
+            "lstm",
+            "--head-epochs",
+            "0",
+        ]
+        command += ["--data", str(data.path), "--run", str(run), "--image-size", str(size)]
+        command += ["--batch-size", str(share * ranks), "--max-steps", str(steps)]
+        command += [] if torch.cuda.is_available() else ["--threads", "1"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        lines = [
+            json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+    return share * ranks * 1e3 / lines[-1]["step_ms_p50"]
+
+
+def cases(runtime: Runtime, *, quick: bool) -> Iterator[tuple[str, str, int, int]]:
+    """(network, phase, image size, batch)."""
+    cuda = runtime.device.type == "cuda"
+    sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 16}
+    if quick and not cuda:
+        sizes = {64: 16}
+    for size, batch in sizes.items():
+        for network in ("baseline", "lstm"):
+            for phase in ("head", "full"):
+                yield network, phase, size, batch
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = harness.parser("step", __doc__)
+    parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
+    args = parser.parse_args(argv)
+    runtime = solo()
+    data = default_set(args.data)
+    torch.set_num_threads(args.threads)
+    table = Table("step", quick=args.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        for network, phase, size, batch in cases(runtime, quick=args.quick):
+            case = {"network": network, "phase": phase, "image_size": size, "batch": batch}
+            case |= {"threads": args.threads, "device": runtime.device.type}
+            source = Source(data.splits["train"], Path(folder), batch)
+            measure(table, data, source, case, runtime, seconds=2 if args.quick else 12)
+    scaling(table, data, quick=args.quick, threads=args.threads)
+    harness.mark_ratios(table.rows, LIMIT, KEYS)
+    table.write()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
