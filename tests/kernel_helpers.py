@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import fastnet_kernels
 import pytest
 import torch
 import triton
-from fastnet_kernels import ChannelGroupLSTM, Stage, launch
+from fastnet_kernels import ChannelGroupLSTM, Stage, launch, op
 from ptxrun import Stats, run_triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
@@ -42,6 +42,16 @@ def interpreted() -> ModuleType:
         sys.modules[name] = compiled
         setattr(fastnet_kernels, name.rpartition(".")[2], compiled)
     return module
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As with TRITON_INTERPRET=1 in the environment."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(op, "_kernels", interpreted)
+    op._obstacle.cache_clear()
+    yield
+    op._obstacle.cache_clear()
 
 
 def side(hidden: int) -> tuple[int, int]:

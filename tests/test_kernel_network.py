@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastnet_kernels import op
-from kernel_helpers import interpreted
+from kernel_helpers import triton_on_cpu as triton_on_cpu
 from torch import Tensor
 
 from fastnet.config import Config
@@ -32,14 +31,21 @@ def two_steps(backend: str) -> tuple[list[float], list[Tensor]]:
     return losses, [p.grad for p in network.parameters() if p.grad is not None]
 
 
-def test_two_steps_equal_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("triton_on_cpu")
+def test_two_steps_equal_torch() -> None:
     expected_losses, expected = two_steps("torch")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(op, "_kernels", interpreted)
-    op._obstacle.cache_clear()
     losses, gradients = two_steps("triton")
-    op._obstacle.cache_clear()
     assert losses == pytest.approx(expected_losses, rel=1e-4)
     assert len(gradients) == len(expected)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
+
+
+@pytest.mark.usefixtures("triton_on_cpu")
+def test_compiles_in_one_graph() -> None:
+    config = Config(network="lstm", image_size=32, stages=("conv4",), seq_len=256, backend="triton")
+    network = Network(config, classes=3).eval()
+    x = torch.randn(1, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(compiled, network(x))

@@ -5,7 +5,6 @@ The kernels run in Triton's interpreter, so the sizes are tiny.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,14 @@ import torch
 import torch.distributed as dist
 from fastnet_kernels import ChannelGroupLSTM, Stage, channel_group_lstm, op
 from fastnet_kernels.plan import padded_batch, plan, sizes
-from kernel_helpers import feature_maps, interpreted
+from kernel_helpers import feature_maps
+from kernel_helpers import triton_on_cpu as triton_on_cpu
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 STAGES = [(1, 2, 4), (2, 3, 9)]
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))
-
-
-@pytest.fixture
-def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As with TRITON_INTERPRET=1 in the environment."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(op, "_kernels", interpreted)
-    op._obstacle.cache_clear()
-    yield
-    op._obstacle.cache_clear()
 
 
 def inputs(batch: int = 3, dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> list[Tensor]:

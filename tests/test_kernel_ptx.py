@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnet_kernels import launch
-from kernel_helpers import execute_ptx, failures
+from fastnet_kernels import ChannelGroupLSTM, launch
+from kernel_helpers import execute_ptx, failures, feature_maps
 from ptxrun import Stats
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,3 +62,25 @@ def test_random_schedules(
     runs = execute_ptx(monkeypatch, schedule="random", seed=1)
     assert not failures(launch, stages, batch, dtype, recompute=recompute)
     assert_clean(runs)
+
+
+@pytest.mark.parametrize(
+    ("stages", "dtype"),
+    [
+        pytest.param([(1, 4, 68), (1, 3, 16)], BF16, id="bf16"),
+        pytest.param([(1, 3, 37)], FP32, id="blocked-fp32"),
+    ],
+)
+def test_inference(
+    stages: list[tuple[int, int, int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """h and c in two slots used in turn: no race, and the output of training to the rounding of the dtype."""
+    runs = execute_ptx(monkeypatch, schedule="random", seed=2)
+    module = ChannelGroupLSTM(stages)
+    x = [f.to(dtype).contiguous(memory_format=torch.channels_last) for f in feature_maps(stages, 17)]
+    with torch.no_grad():
+        y, *saved = launch.forward(x, module.weights(), module.stages, save=False, recompute=False)
+        expected = launch.forward(x, module.weights(), module.stages, save=True, recompute=False)[0]
+    assert all(t.numel() == 0 for t in saved)
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=torch.finfo(FP32).eps)
+    assert not any(stats.races or stats.cta_races or stats.uninit for stats in runs["forward_kernel"])
