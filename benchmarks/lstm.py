@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import harness, model
 from benchmarks.harness import Laps, Table
-from benchmarks.lstm_providers import BASELINE, Problem, Provider, providers, recurrent_providers
+from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers, recurrent_providers
 from fastnet.config import Config
 
 KEYS = ("stages", "image_size", "seq_len", "batch", "dtype", "part", "l2", "threads", "quantity")
@@ -146,6 +146,8 @@ def measure(
     print(f"{case.stages} at {case.image_size} px, T={case.seq_len}, batch {case.batch}, {case.dtype}")
     small = Problem(case.sizes, case.batch if device.type == "cuda" else min(case.batch, 8), dtype, device)
     p = Problem(case.sizes, case.batch, dtype, device)
+    for name in GPU_ONLY if device.type == "cpu" else ():
+        table.note(full, name, "not run: no GPU here")
     right = []
     for name, make in providers(p, quick=quick).items():
         try:
@@ -195,10 +197,6 @@ def main(argv: Sequence[str]) -> None:
         measure(table, case, device, args.threads, seconds=3 if args.quick else 14, quick=args.quick)
         gc.collect()
     harness.mark_ratios(table.rows, BASELINE, KEYS)
-    if device.type == "cpu":
-        print(
-            "no GPU here: the fused kernel and cuDNN were not run; the same command runs them where there is one"
-        )
     table.write()
 
 

@@ -231,6 +231,15 @@ def flashrnn(p: Problem) -> Provider:
 
 
 BASELINE = "nn.LSTM x12"
+GPU_ONLY = (
+    "fastnet (fused)",
+    "fastnet (fused, recompute)",
+    f"{BASELINE}, streams",
+    f"{BASELINE}, one CUDA graph",
+    f"{BASELINE}, padded",
+    f"{BASELINE}, autocast",
+    "FlashRNN",
+)
 
 
 def providers(p: Problem, *, quick: bool) -> dict[str, Callable[[Problem], Provider]]:

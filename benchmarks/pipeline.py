@@ -259,6 +259,9 @@ def measure(
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
                 ready[name] = timed(take, prepared, batches)
         times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 3)
+    for name in ("fastnet, decode gpu", "FFCV"):
+        if name not in providers(device):
+            table.note(case, name, "not run: " + ("not installed here" if name == "FFCV" else "no GPU here"))
     for name, laps in times.items():
         rates = batches * source.batch * 1e3 / np.array(laps["batches"])
         table.add(case, name, "batches", "images/s", rates)
@@ -298,10 +301,6 @@ def main(argv: Sequence[str]) -> None:
                 batches = 4 if args.quick else max(8, 2 * threads)
                 measure(table, source, size, threads, device, seconds=seconds, batches=batches)
     harness.mark_ratios(table.rows, BASELINE, KEYS)
-    if not find_spec("ffcv"):
-        print("FFCV is not installed here: not run")
-    if device.type == "cpu":
-        print("no GPU here: decode gpu was not run; the same command runs it where there is one")
     table.write()
 
 
