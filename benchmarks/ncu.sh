@@ -1,5 +1,5 @@
 #!/bin/sh
-# Measures kernels of a run with Nsight Compute, one file per rank: OUT/rank0.ncu-rep (OUT: profiles, or $OUT).
+# Measures kernels of a run with Nsight Compute, one file per rank: OUT/rank0.ncu-rep (OUT: runs/profiles, or $OUT).
 # Each kernel is run many times over, so profile few steps and stop soon after.
 #
 #   benchmarks/ncu.sh python fastnet/train.py --network lstm --profile-steps 20:21 --max-steps 21
@@ -11,7 +11,7 @@ if [ "$#" -eq 0 ]; then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-out=${OUT:-profiles}
+out=${OUT:-runs/profiles}
 kernels=${KERNELS:-'regex:^(forward|backward|project|weight_gradient|input_gradient)_kernel$'}
 mkdir -p "$out"
 # shellcheck disable=SC2086  # flags are words

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Records a run with Nsight Systems, one file per rank: OUT/rank0.nsys-rep and so on (OUT: profiles, or $OUT).
+# Records a run with Nsight Systems, one file per rank: OUT/rank0.nsys-rep and so on (OUT: runs/profiles, or $OUT).
 #
 #   benchmarks/nsys.sh python fastnet/train.py --network lstm --profile-steps 20:25 --max-steps 25
 #   torchrun --nproc_per_node=8 --no-python benchmarks/nsys.sh python fastnet/train.py --profile-steps 20:25 --max-steps 25
@@ -10,7 +10,7 @@ if [ "$#" -eq 0 ]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
-out=${OUT:-profiles}
+out=${OUT:-runs/profiles}
 mkdir -p "$out"
 # shellcheck disable=SC2086  # flags are words
 exec "${NSYS:-nsys}" profile \
