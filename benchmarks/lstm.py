@@ -192,6 +192,7 @@ def main(argv: Sequence[str]) -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
+    torch._dynamo.config.recompile_limit = 64  # a limit reached would time the eager cell as the compiled one
     table = Table("lstm", quick=args.quick)
     for case in cases(device, quick=args.quick):
         measure(table, case, device, args.threads, seconds=3 if args.quick else 14, quick=args.quick)

@@ -36,7 +36,12 @@ FILLS: tuple[dict[str, Any], ...] = (
     {"facecolor": "0.6", "hatch": "||||"},
     {"facecolor": "1.0", "hatch": "----"},
 )
-STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6}
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+}
 
 
 def grouped_bars(

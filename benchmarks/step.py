@@ -215,6 +215,20 @@ def breakdown(job: engine.Job, steps: int) -> dict[str, float]:
     return shares
 
 
+def frozen_over_full(table: Table) -> None:
+    """How many times as fast the frozen phase is, from the medians of the epochs' steps."""
+    pace = {
+        (row["network"], row["image_size"], row["phase"]): (float(row["p50"]), row)
+        for row in table.rows
+        if row["provider"] == EPOCH and row["quantity"] == "step"
+    }
+    for (network, size, phase), (rate, row) in pace.items():
+        if phase == "head" and (network, size, "full") in pace:
+            times = rate / pace[network, size, "full"][0]
+            case = {key: row[key] for key in ("network", "phase", "image_size", "batch", "threads", "device")}
+            table.add(case, EPOCH, "frozen over full", "times", [times])
+
+
 def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
     """Weak scaling: images/s of train.py with as many images a rank, one thread a rank on the CPU."""
     cuda = torch.cuda.is_available()
@@ -236,7 +250,15 @@ def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> No
         "device": device,
     }
     for n, values in rates.items():
-        table.add({**case, "ranks": n}, f"train.py, {n} ranks", "weak scaling", "images/s", values)
+        kept = np.median(values) / n / np.median(rates[1])  # of one rank's pace
+        table.add(
+            {**case, "ranks": n},
+            f"train.py, {n} ranks",
+            "weak scaling",
+            "images/s",
+            values,
+            ratio=f"{kept:.3f}",
+        )
 
 
 def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps: int) -> float:
@@ -290,6 +312,7 @@ def main(argv: Sequence[str]) -> None:
             case |= {"threads": args.threads, "device": runtime.device.type}
             source = Source(data.splits["train"], Path(folder), batch)
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 12)
+    frozen_over_full(table)
     scaling(table, data, quick=args.quick, threads=args.threads)
     harness.mark_ratios(table.rows, LIMIT, KEYS)
     table.write()

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fastnet_kernels import Stage
+from kernel_helpers import execute_ptx
 from torch import nn
 
 from benchmarks import harness, lstm, lstm_providers, model, pipeline, plot, step
@@ -89,6 +91,17 @@ def test_providers_agree_with_float64(name: str) -> None:
         laps = harness.Laps(CPU)
         lstm.candidate(p, make(p))(laps)
         assert [lap for lap, _ in laps.marks] == ["start", "forward", "backward"]
+
+
+def test_the_recurrent_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's provider, its compiled kernels run on the CPU: it gives them what they take, and no more."""
+    runs = execute_ptx(monkeypatch)
+    p = Problem([(1, 2, 16), (1, 2, 4)], 3, torch.bfloat16, CPU)
+    provider = lstm_providers.fused_recurrent(p)
+    assert provider.backward is not None
+    provider.backward(provider.forward())
+    assert {name: len(stats) for name, stats in runs.items()} == {"forward_kernel": 1, "backward_kernel": 1}
+    assert not any(stats.races for (stats,) in runs.values())
 
 
 def test_padded_weights_change_nothing() -> None:
@@ -182,18 +195,13 @@ def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) ->
 
 
 def test_another_network_is_not_timed(tiny_set: Path) -> None:
-    config = paper("lstm")
-    job = step.make_job(
-        step.replace(config, image_size=32),
-        "full",
-        3,
-        step.Resident(None, 4),
-        Runtime(CPU),  # type: ignore[arg-type]
-    )
-    plain = step.Plain(job.network, config)
+    config = replace(paper("lstm"), image_size=32)
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    stream = step.Resident(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
+    job = step.make_job(config, "full", 3, stream, Runtime(CPU))
+    plain = step.Plain(job.network, config)
     assert step.check(job.network, plain, x, Runtime(CPU)) == ""
-    nn.init.normal_(plain.lstms[5].weight_hh_l0)  # type: ignore[arg-type]
+    nn.init.normal_(plain.lstms[5].get_parameter("weight_hh_l0"))
     assert "plainly written" in step.check(job.network, plain, x, Runtime(CPU))
 
 
