@@ -98,9 +98,6 @@ class Line:
     fixed: float
     step: float
 
-    def of(self, steps: int) -> float:
-        return self.fixed + self.step * steps
-
 
 def lines(hidden: int, lengths: tuple[int, int] = STEPS) -> dict[str, dict[str, Line]]:
     """Kernel -> count -> its line through the two lengths."""
@@ -126,8 +123,10 @@ def bound(
     chain = 0.0
     for stage, line in parts:
         steps, blocks = stage.seq_len, stage.groups * tiles
+        # A GEMM's fixed part is of its sums over many tiles: counted once a group, it is not counted too often.
+        starts = blocks if recurrent else stage.groups
         for name, own in line.items():
-            total[name] += own.of(steps) * blocks  # type: ignore[assignment]
+            total[name] += own.fixed * starts + own.step * steps * blocks  # type: ignore[assignment]
         # Weights are read from DRAM once a group and not once a tile: they are in the fixed part.
         total["dram"] += (
             line["bytes touched"].fixed * stage.groups + line["bytes touched"].step * steps * blocks
