@@ -57,12 +57,14 @@ def test_rows_say_what_they_belong_to(tmp_path: Path, monkeypatch: pytest.Monkey
     table = harness.Table("lstm", quick=True)
     table.add({"batch": 4}, "slow", "total", "ms", np.array([10.0, 20.0, 30.0]))
     table.add({"batch": 4}, "fast", "total", "ms", np.array([5.0, 5.0, 5.0]))
+    table.add({"batch": 8}, "slow", "total", "images/s", [10.0])
+    table.add({"batch": 8}, "fast", "total", "images/s", [40.0])
     table.note({"batch": 4}, "absent", "not run: no GPU here")
     harness.mark_ratios(table.rows, "slow", ("batch", "quantity"))
     rows = harness.read_csv(table.write())
     assert (rows[0]["p20"], rows[0]["p50"], rows[0]["p80"], rows[0]["n"]) == ("14", "20", "26", "3")
-    assert [row["ratio"] for row in rows] == ["1.000", "4.000", ""]
-    assert rows[2]["note"] == "not run: no GPU here" and rows[2]["p50"] == ""
+    assert [row["ratio"] for row in rows] == ["1.000", "4.000", "1.000", "4.000", ""]
+    assert rows[4]["note"] == "not run: no GPU here" and rows[4]["p50"] == ""
     for key in (
         "torch",
         "triton",
