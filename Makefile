@@ -2,11 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -27,6 +27,4 @@ bench: setup
 	$(BIN)/python -m benchmarks.lstm --quick
 	$(BIN)/python -m benchmarks.pipeline --quick
 	$(BIN)/python -m benchmarks.step --quick
-
-clean:
-	rm -rf .venv demo
+	$(BIN)/python -m benchmarks.plot --quick

@@ -6,10 +6,14 @@ No random state is kept: after the first weights, all randomness is a function o
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
 import pickle
+import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,13 +60,11 @@ class Run:
     model: Network
     classes: list[str]
     words: list[str]
-    data_hash: str
-    epoch: int
     step: int
 
 
 def save(path: Path, content: dict[str, Any], *, best: bool) -> None:
-    """Replaces `path` by a checkpoint in one step; with `best`, best.pt beside it becomes the same file.
+    """Replaces `path` by a checkpoint in one step; with `best`, best.pt beside it becomes its copy.
 
     Raises InputError if the disk is full; the checkpoint that was there stays.
     """
@@ -75,8 +77,8 @@ def save(path: Path, content: dict[str, Any], *, best: bool) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             if best:
-                with replaced(path.with_name("best.pt")) as link:
-                    os.link(beside, link)
+                with replaced(path.with_name("best.pt")) as copy:
+                    shutil.copyfile(beside, copy)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -123,8 +125,8 @@ def check_same_run(path: Path, content: dict[str, Any], config: Config, data_has
     if changed:
         first = changed[0]
         raise InputError(
-            f"{path}: this run was started with {', '.join(f'{k} {_plain(before.get(k))}' for k in changed)} "
-            f"and not {_plain(now[first])}; give the same flags, or another --run"
+            f"{path}: this run was started with {first} {_plain(before.get(first))} and not {_plain(now[first])}; "
+            "give the same flags, or another --run"
         )
     if content["data_hash"] != data_hash:
         raise InputError(
@@ -158,21 +160,40 @@ def load_run(run: Path, runtime: Runtime, which: str = "best") -> Run:
     load_model(network, path, content)
     network.to(runtime.device).eval()
     position = Position(**content["position"])
-    return Run(
-        config,
-        network,
-        content["classes"],
-        content["words"],
-        content["data_hash"],
-        position.epoch,
-        position.step,
-    )
+    return Run(config, network, content["classes"], content["words"], position.step)
 
 
-def remove_leftovers(run: Path) -> None:
-    """Removes what a killed process was writing beside the checkpoints."""
+@contextmanager
+def claimed(run: Path, runtime: Runtime) -> Iterator[None]:
+    """Makes the directory `run` and holds it for this process; removes what a killed one left half written.
+
+    Raises InputError, on every rank, if it cannot be made or another process trains there.
+    """
+    held = runtime.together(lambda: _claim(run) if runtime.is_main else None)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _claim(run: Path) -> int:
+    """The open directory that carries the lock."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held = os.open(run, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"--run {run}: cannot be made ({error.strerror}); choose another place") from error
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(held)
+        raise InputError(
+            f"{run}: another process is training there; wait for it, or give another --run"
+        ) from error
     for path in [*run.glob(".*.pt.*"), *run.glob(".manifest.json.*")]:
         path.unlink(missing_ok=True)
+    return held
 
 
 def _plain(value: Any) -> Any:

@@ -83,7 +83,7 @@ class Config:
         "auto", "training", "arithmetic of the network", choices=("auto", "bf16", "fp16", "fp32")
     )
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
-    seed: int = _flag(0, "training", "seed of weights, order and augmentation", least=0)
+    seed: int = _flag(0, "training", "seed of weights, order and augmentation", within=(0, 2**32 - 1))
     max_steps: int = _flag(0, "training", "stop after N steps in all; 0 runs to the end", least=0)
     checkpoint_every: int = _flag(
         500, "training", "steps between checkpoints (each epoch saves too)", least=1
@@ -236,6 +236,19 @@ def from_flags(preset: Config, flags: dict[str, Any]) -> Config:
     outer = {item.name for item in dataclasses.fields(Config)}
     augment = replace(preset.augment, **{k: v for k, v in flags.items() if k in inner})
     return replace(preset, augment=augment, **{k: v for k, v in flags.items() if k in outer})
+
+
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """The command line that gives those of `flags` which are fields of `Config`."""
+    argv: list[str] = []
+    for owner in (Config, Augment):
+        for item in dataclasses.fields(owner):
+            value = flags.get(item.name)
+            if isinstance(value, bool):
+                argv += [_flag_name(item)] if value else []
+            elif value is not None and item.name != "augment":
+                argv += [_flag_name(item), ",".join(value) if isinstance(value, tuple) else str(value)]
+    return argv
 
 
 def _comma_list(text: str) -> tuple[str, ...]:

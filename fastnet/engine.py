@@ -146,6 +146,17 @@ def summed_totals(job: Job) -> list[int]:
     return totals
 
 
+def check_weights(job: Job) -> None:
+    """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
+    trained = [p for p in job.network.parameters() if p.requires_grad]
+    # Ranks hold the same weights, so that none needs to ask the others.
+    if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
+        raise InputError(
+            f"the weights are not finite after step {job.position.step}: nothing of it was saved; lower --lr or "
+            "--head-lr, or lengthen --warmup, in another --run"
+        )
+
+
 def train_epoch(job: Job, after_step: Callable[[Job], bool]) -> bool:
     """Trains to the end of the epoch that `job.position` is in, or until `after_step` returns True: so does this."""
     if job.position.step_in_epoch == 0:

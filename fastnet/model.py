@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -90,18 +89,14 @@ class Network(nn.Module):
             self.backbone.eval()
         return self
 
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        if self.lstm is not None:
-            yield from self.lstm.parameters()
-        yield from self.classifier.parameters()
-
 
 def lstm_backend(config: Config, device: torch.device, dtype: torch.dtype) -> str:
     """What runs the LSTMs on `device` in `dtype`, "none" without LSTMs. Raises InputError for one that cannot run."""
     if config.network != "lstm":
         return "none"
     try:
-        return op.choose(config.backend, device.type, dtype)
+        largest = max(hidden for _, _, hidden in config.lstm_stages)
+        return op.choose(config.backend, device.type, dtype, largest)
     except RuntimeError as error:
         raise InputError(f"--backend {config.backend}: {error}") from error
 

@@ -2,7 +2,7 @@
 
     python -m fastnet.paper --data data/tiny-imagenet --out runs/paper
 
-Stopped, the same command goes on where it was. Flags that this command does not know are train.py's.
+Stopped, the same command goes on where it was. The flags of train.py hold for both networks.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,9 +19,9 @@ from typing import Any, NoReturn
 import torch
 
 from fastnet import ensemble, figures, predict
-from fastnet.cli import Parser
+from fastnet.cli import InputError, Parser
 from fastnet.cli import run as run_command
-from fastnet.config import PRESETS
+from fastnet.config import PRESETS, add_flags, as_argv, from_flags
 from fastnet.data import PreparedSet, default_set
 from fastnet.files import replaced
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(
         prog="python -m fastnet.paper",
         description="Trains the baseline and the LSTM network, averages them, predicts the test split and draws the "
-        "figures. Other flags are passed on to train.py (see python -m fastnet.train --help).",
+        "figures. The flags of train.py hold for both networks.",
     )
     parser.add_argument(
         "preset", nargs="?", choices=list(PRESETS), help="settings of the runs (default: by the data)"
@@ -44,23 +43,25 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs/paper"), help="where everything goes"
     )
-    args, train_flags = parser.parse_known_args(argv)
+    add_flags(parser)
+    args = parser.parse_args(argv)
+    if hasattr(args, "network"):
+        raise InputError("--network: this command trains both; leave the flag out, or use fastnet.train")
 
     data = default_set(args.data)
     preset = args.preset or ("sample" if data.source["kind"] == "sample" else "paper")
     runs = {network: args.out / network for network in ("baseline", "lstm")}
     for network, run in runs.items():
-        flags = [preset, "--data", str(data.path), *train_flags, "--network", network, "--run", str(run)]
-        if (
-            network == "lstm"
-            and PRESETS[preset](network).weights == "none"
-            and "--weights" not in train_flags
-        ):
+        flags = vars(args)
+        if network == "baseline":
+            flags = {name: value for name, value in flags.items() if name != "head_epochs"}
+        elif from_flags(PRESETS[preset](network), flags).weights == "none" and "weights" not in flags:
             # Without ImageNet weights, the frozen phase reads the convolutions that the baseline has learned.
-            flags += ["--weights", str(runs["baseline"] / "best.pt")]
-        print(f"{TITLES[network]}: train.py {' '.join(flags)}", file=sys.stderr, flush=True)
-        if not train(flags)["done"]:
-            print(f"{run}: stopped before its end; the same command continues")
+            flags = {**flags, "weights": str(runs["baseline"] / "best.pt")}
+        line = [preset, "--data", str(data.path), "--network", network, "--run", str(run), *as_argv(flags)]
+        print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
+        if not train(line):
+            print(f"{run}: stopped; the same command continues")
             return {"done": False, "files": []}
 
     given = ["--data", str(data.path)]
@@ -75,34 +76,38 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"done": True, **average, "runs": scores["runs"], "files": files}
 
 
-def train(flags: list[str]) -> dict[str, Any]:
-    """Runs train.py with `flags`, one rank per GPU, and returns its result. A signal reaches it, and it saves.
+def train(flags: list[str]) -> bool:
+    """Runs train.py with `flags`, one rank per GPU. A signal to this process reaches it, and it saves and ends.
 
-    Exits with its exit code where it fails: its own line has said why.
+    Returns False if there was a signal. Exits with its exit code where it fails: its own line has said why.
     """
     script = str(Path(__file__).with_name("train.py"))
     gpus = torch.cuda.device_count()
     # Behind --, torchrun does not take the script's --run for its own --run-path.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--"]
-    command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, forwarding_signals(process):
-        output, _ = process.communicate()
-    if process.returncode:
-        sys.exit(process.returncode)
-    return json.loads(output.splitlines()[-1])
-
-
-@contextmanager
-def forwarding_signals(process: subprocess.Popen) -> Iterator[None]:
-    """SIGTERM and SIGINT go to `process`, which saves and ends; this process lives on to see it."""
+    command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags]
+    process: subprocess.Popen | None = None
+    signalled = False
 
     def forward(number: int, frame: FrameType | None) -> None:
-        process.send_signal(number)
+        nonlocal signalled
+        signalled = True
+        if process is not None:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        with subprocess.Popen(command, stdout=sys.stderr) as process:
+            if signalled:
+                process.terminate()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signalled:
+        return False
+    if process.returncode:
+        sys.exit(process.returncode)
+    return True
 
 
 def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[str]:

@@ -32,13 +32,13 @@ def plan(config: Config) -> list[Phase]:
     if config.head_epochs:
         phases.append(
             Phase(
-                "head",
-                True,
-                config.head_epochs,
-                config.head_optimizer,
-                config.head_lr,
-                config.plateau,
-                config.plateau_delta,
+                name="head",
+                frozen_backbone=True,
+                epochs=config.head_epochs,
+                optimizer=config.head_optimizer,
+                peak_lr=config.head_lr,
+                plateau=config.plateau,
+                plateau_delta=config.plateau_delta,
             )
         )
     if config.epochs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import fastnet
+from fastnet.cli import InputError
 from fastnet.files import replaced
 
 VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "numpy", "pyarrow")
@@ -36,6 +38,10 @@ class Recorder:
         self.bar: tqdm | None = None
         if main:
             self.path.touch()
+            if self.path.stat().st_size < kept:
+                raise InputError(
+                    f"{self.path}: shorter than at the last checkpoint; restore it from a copy, or give another --run"
+                )
             with self.path.open("r+b") as file:
                 file.truncate(kept)
             self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step or None)
@@ -49,8 +55,12 @@ class Recorder:
             self.board.close()
 
     def size(self) -> int:
-        """Bytes in metrics.jsonl, to be kept by the checkpoint about to be written."""
-        return self.path.stat().st_size if self.main else 0
+        """Bytes in metrics.jsonl, on the disk: the checkpoint about to be written counts on them."""
+        if not self.main:
+            return 0
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        return self.path.stat().st_size
 
     def event(self, kind: str, **values: Any) -> None:
         """Appends one line to metrics.jsonl and puts the numbers of steps and epochs on TensorBoard."""

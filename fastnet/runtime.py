@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -54,7 +55,7 @@ class Runtime:
         return tensor
 
     def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; an InputError on any of them is raised on all, so that none waits.
+        """Runs `action` on every rank; an InputError or a full disk on any of them is raised on all: none waits.
 
         The ranks may do different things in it, but no collective operation.
         """
@@ -63,6 +64,12 @@ class Runtime:
             result = action()
         except InputError as error:
             problem = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            problem = (
+                f"{error.filename or 'the run directory'}: no space left on the disk; free some and continue"
+            )
         if self.world_size > 1:
             problems: list[str | None] = [None] * self.world_size
             dist.all_gather_object(problems, problem, group=self.control)

@@ -11,6 +11,7 @@ import random
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -105,7 +106,14 @@ def open_zip(path: Path) -> Tree:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:
             raise InputError(f"{path}: cannot read {name}: {error}; get the zip again") from error
 
     return Tree(path, sorted(files, key=natural), read)

@@ -15,6 +15,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ import torch
 
 from fastnet import checkpoint, engine, phases, profiling, record
 from fastnet.checkpoint import Position
-from fastnet.cli import InputError, Parser
+from fastnet.cli import Parser
 from fastnet.cli import run as run_command
 from fastnet.config import PRESETS, Config, add_flags, from_flags
 from fastnet.data import PreparedSet, default_set
@@ -47,7 +48,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         preset = flags["preset"] or ("sample" if data.source["kind"] == "sample" else "paper")
         config = from_flags(PRESETS[preset](flags.get("network", "baseline")), flags)
         runtime.amp = choose_precision(config.precision, runtime.device)
-        result = train(config, data, flags["run"] or Path("runs") / config.network, runtime)
+        run = flags["run"] or Path("runs") / config.network
+        with checkpoint.claimed(run, runtime):
+            result = train(config, data, run, runtime)
         if "top1" in result and runtime.is_main:
             print(
                 f"{result['run']}: step {result['step']}, val top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}, "
@@ -80,12 +83,13 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
     chosen = runtime.together(lambda: choices(config, runtime))
     torch.set_num_threads(chosen["threads"])
     train_stream, val_stream = runtime.together(lambda: open_streams(config, data, runtime, position, chosen))
-    if runtime.is_main:
-        write_manifest(run, config, data, chosen, position)
+    runtime.together(lambda: write_manifest(run, config, data, chosen, position) if runtime.is_main else None)
     runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
     if saved:
         runtime.say(f"{run}: continues after step {position.step}")
-    recorder = Recorder(run, main=runtime.is_main, step=position.step, kept=position.metrics_bytes)
+    recorder = runtime.together(
+        lambda: Recorder(run, main=runtime.is_main, step=position.step, kept=position.metrics_bytes)
+    )
     plan = phases.plan(config)
     facts = {"data_hash": data.hash, "classes": data.classes, "words": data.words}
 
@@ -96,6 +100,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
             """Keeps all that is needed to continue from here; refuses to after a loss that was not finite."""
             position.totals = engine.summed_totals(job)
             position.metrics_bytes = metrics_bytes
+            engine.check_weights(job)
             content = {**engine.state(job), **facts}
             runtime.together(
                 lambda: checkpoint.save(run / "last.pt", content, best=best) if runtime.is_main else None
@@ -106,7 +111,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
             window.at(position.step)
             recorder.step()
             if position.step % config.log_every == 0:
-                recorder.event("step", **engine.interval(job))
+                runtime.together(partial(recorder.event, "step", **engine.interval(job)))
             if vote.after_step():
                 return True
             if position.step % config.checkpoint_every == 0:
@@ -117,7 +122,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
         for index, phase in enumerate(plan[position.phase :], position.phase):
             job = engine.begin_phase(config, phase, network, train_stream, runtime, position)
             if position.phase_epoch == position.step_in_epoch == 0:
-                recorder.event("phase", phase=phase.name, step=position.step)
+                runtime.together(partial(recorder.event, "phase", phase=phase.name, step=position.step))
             elif saved:
                 engine.restore(job, saved)
 
@@ -134,7 +139,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
                 trained = engine.epoch_record(job)
                 engine.share_state(network, runtime)
                 scores = engine.evaluate(network, val_stream, runtime)
-                recorder.epoch(title, trained, scores)
+                runtime.together(partial(recorder.epoch, title, trained, scores))
                 if position.step_in_epoch == train_stream.steps_per_epoch:
                     best = scores["top1"] > position.best_top1
                     phases.finish_epoch(plan, position, scores["top1"])
@@ -150,12 +155,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
 
 
 def open_run(run: Path, config: Config, data: PreparedSet) -> dict[str, Any] | None:
-    """The run's last checkpoint, or None where there is none yet. Makes the directory. Rank 0's work."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--run {run}: cannot be made ({error.strerror}); choose another place") from error
-    checkpoint.remove_leftovers(run)
+    """The run's last checkpoint, or None where there is none yet. Rank 0's work."""
     if not (run / "last.pt").exists():
         return None
     saved = checkpoint.load(run / "last.pt")

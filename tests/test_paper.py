@@ -12,25 +12,15 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FLAGS = [
-    "--image-size",
-    "32",
-    "--batch-size",
-    "8",
-    "--epochs",
-    "1",
-    "--log-every",
-    "2",
-    "--threads",
-    "1",
-    "--lr",
-    "0.01",
-]
+FLAGS = (
+    "--weights none --image-size 32 --batch-size 8 --head-epochs 1 --epochs 1 --log-every 2 --threads 1 --lr 0.01 "
+    "--augment jitter"
+)
 
 
 def command(data: Path, out: Path, *flags: str) -> list[str]:
-    given = ["sample", "--data", str(data), "--out", str(out)]
-    return [sys.executable, "-m", "fastnet.paper", *given, *flags, *FLAGS]
+    given = ["--data", str(data), "--out", str(out)]
+    return [sys.executable, "-m", "fastnet.paper", *given, *flags, *FLAGS.split()]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +46,8 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     assert f"{out / 'baseline'}: already done" in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["done"] and result["count"] == 10
+    baseline = json.loads((out / "baseline" / "manifest.json").read_text())["config"]
+    assert baseline["head_epochs"] == 0 and baseline["augment"]["policy"] == "jitter"
     assert all(Path(file).stat().st_size for file in result["files"])
 
     table = (out / "results.md").read_text()
@@ -73,14 +65,13 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     lines = (out / "predictions.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [f"test_{i}.JPEG" for i in range(5)]
     assert (out / "figures" / "training.png").exists()
-    # Without ImageNet weights the frozen convolutions are the baseline's.
     config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
-    assert config["weights"] == str(out / "baseline" / "best.pt") and config["head_epochs"] == 3
+    assert config["weights"] == "none" and config["head_epochs"] == 1
 
 
-def test_bad_flags_are_train_pys_to_refuse(tiny_set: Path, tmp_path: Path) -> None:
+def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
     done = subprocess.run(command(tiny_set, tmp_path / "paper", "--nonsense"), capture_output=True, text=True)
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: unrecognized arguments: --nonsense (see train.py --help)"
+        "error: unrecognized arguments: --nonsense (see python -m fastnet.paper --help)"
     ]

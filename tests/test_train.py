@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastnet import cli, train
+from fastnet import checkpoint, cli, train
 from fastnet.checkpoint import FREE, load
+from fastnet.runtime import Runtime
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "fastnet" / "train.py"
@@ -190,7 +191,9 @@ def kill_again_and_again(ranks: int, data: Path, run: Path, targets: list[int]) 
 
 
 def test_killed_runs_continue_to_the_bit(whole: Path, tiny_set: Path, tmp_path: Path) -> None:
-    kill_again_and_again(1, tiny_set, tmp_path / "run", sorted(random.Random(0).sample(range(2, STEPS), 2)))
+    draw = random.Random(0)
+    in_each_phase = [draw.randrange(2, 10), draw.randrange(11, STEPS)]
+    kill_again_and_again(1, tiny_set, tmp_path / "run", in_each_phase)
     assert_same_end(tmp_path / "run", whole)
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -198,7 +201,7 @@ def test_killed_runs_continue_to_the_bit(whole: Path, tiny_set: Path, tmp_path: 
 def test_killed_runs_of_two_ranks_continue_to_the_bit(
     whole_on_two: Path, tiny_set: Path, tmp_path: Path
 ) -> None:
-    kill_again_and_again(2, tiny_set, tmp_path / "run", [random.Random(1).randrange(2, STEPS)])
+    kill_again_and_again(2, tiny_set, tmp_path / "run", [random.Random(1).randrange(11, STEPS)])
     assert_same_end(tmp_path / "run", whole_on_two)
 
 
@@ -352,11 +355,11 @@ def test_bad_input_ends_every_rank(tiny_set: Path, tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_last_checkpoint(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a file system that holds one checkpoint and not two."""
+    """On a file system that holds three checkpoints (last, best, one being written) and not four."""
     run = tmp_path / "small"
     run.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(run)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(run)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip("cannot mount a small file system here (needs root)")
@@ -393,3 +396,57 @@ def test_exit_code_of_a_full_disk_elsewhere(
     with pytest.raises(SystemExit) as ended:
         cli.run(fills)
     assert ended.value.code == 2 and "no space left" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_run(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with checkpoint.claimed(run, Runtime(torch.device("cpu"))):
+        line = refused(capsys, monkeypatch, *TINY, "--data", tiny_set, "--run", run)
+    assert f"{run}: another process is training there" in line
+
+
+def test_records_shorter_than_the_checkpoint_are_named(
+    whole: Path,
+    tiny_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "run"
+    run_here(tiny_set, run, "--max-steps", "3")
+    (run / "metrics.jsonl").unlink()
+    assert "metrics.jsonl: shorter than at the last checkpoint" in refused(
+        capsys, monkeypatch, *TINY, "--data", tiny_set, "--run", run
+    )
+
+
+def test_lstms_beyond_the_kernels_limit_train_with_torch(tiny_set: Path, tmp_path: Path) -> None:
+    """conv2 at 160 px: 1600 hidden units."""
+    flags = [
+        "--image-size",
+        "160",
+        "--stages",
+        "conv2",
+        "--head-epochs",
+        "1",
+        "--epochs",
+        "0",
+        "--batch-size",
+        "2",
+        "--max-steps",
+        "1",
+    ]
+    assert run_here(tiny_set, tmp_path / "run", *flags)["step"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_both_phases_train_on_a_gpu(backend: str, precision: str, tiny_set: Path, tmp_path: Path) -> None:
+    flags = ["--precision", precision, "--backend", backend, "--head-epochs", "1", "--epochs", "1"]
+    assert run_here(tiny_set, tmp_path / "run", *flags)["done"]
+    assert run_here(tiny_set, tmp_path / "stopped", *flags, "--max-steps", "3")["step"] == 3
+    assert run_here(tiny_set, tmp_path / "stopped", *flags)["done"]

@@ -36,7 +36,7 @@ class ChannelGroupLSTM(nn.Module):
     """LSTMs over groups of channels: the T channels of a group are its time steps, their positions the input.
 
     Args:
-        stages: (groups, seq_len, hidden) of each feature map; hidden from 1 to 1024.
+        stages: (groups, seq_len, hidden) of each feature map; hidden is height x width (Triton: up to 1024).
         backend: "auto" is Triton on a GPU that it supports, else torch; see `backend_used` after a forward.
         recompute: save less for backward (hidden and cell states only), compute the gates again.
 
@@ -52,8 +52,8 @@ class ChannelGroupLSTM(nn.Module):
         if not self.stages:
             raise ValueError("ChannelGroupLSTM needs at least one stage")
         for s in self.stages:
-            if s.groups < 1 or s.seq_len < 1 or not 1 <= s.hidden <= 1024:
-                raise ValueError(f"{s}: groups and seq_len must be at least 1, hidden from 1 to 1024")
+            if min(s) < 1:
+                raise ValueError(f"{s}: groups, seq_len and hidden must be at least 1")
         if backend not in get_args(op.Backend):
             raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(op.Backend))}")
         self.backend: op.Backend = backend
@@ -71,7 +71,10 @@ class ChannelGroupLSTM(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Per stage [B, groups*seq_len, h, w] (channels_last, h*w == hidden) -> [B, sum(groups*hidden)]."""
         op.check(features, self.weights(), self.stages)
-        self.backend_used = op.choose(self.backend, features[0].device.type, op.compute_dtype(features[0]))
+        largest = max(s.hidden for s in self.stages)
+        self.backend_used = op.choose(
+            self.backend, features[0].device.type, op.compute_dtype(features[0]), largest
+        )
         return op.channel_group_lstm(
             features, self.weights(), self.stages, backend=self.backend_used, recompute=self.recompute
         )

@@ -8,6 +8,7 @@ Legend: B batch, G groups, T steps, S input size = H hidden size.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -21,6 +22,8 @@ from .naive import Stage, Weights, naive
 from .plan import padded_batch, plans_for, sizes
 
 Backend = Literal["auto", "triton", "torch"]
+
+LARGEST_HIDDEN = 1024  # of the Triton kernels: their launch table ends there
 
 _announced = False
 
@@ -54,7 +57,7 @@ def channel_group_lstm(
     check(features, weights, stages)
     device = features[0].device.type
     dtype = compute_dtype(features[0])
-    used = choose(backend, device, dtype)
+    used = choose(backend, device, dtype, max(s.hidden for s in stages))
     cast = [f.to(dtype) for f in features]
     if used == "torch":
         with torch.autocast(device, enabled=False):
@@ -88,27 +91,27 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: Backend, device: str, dtype: torch.dtype) -> Backend:
-    """The backend that runs for tensors on `device`; what auto picks is said once per process on stderr."""
+def choose(backend: Backend, device: str, dtype: torch.dtype, hidden: int) -> Backend:
+    """The backend that runs on `device` for LSTMs of up to `hidden` units; what auto picks is said once on stderr."""
     global _announced
     if backend not in get_args(Backend):
         raise ValueError(f"backend {backend!r} is not one of {', '.join(get_args(Backend))}")
     if backend == "torch":
         return "torch"
-    obstacle = _obstacle(device, dtype)
+    obstacle = _obstacle(device, dtype, hidden)
     if backend == "triton":
         if obstacle:
             raise RuntimeError(f"backend='triton' cannot run: {obstacle}")
         return "triton"
     used: Backend = "triton" if device == "cuda" and not obstacle else "torch"
-    if not _announced:
+    if not _announced and os.environ.get("RANK", "0") == "0":
         _announced = True
         print(f"channel-group LSTM: backend {used}{f' ({obstacle})' if obstacle else ''}", file=sys.stderr)
     return used
 
 
 @cache
-def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+def _obstacle(device: str, dtype: torch.dtype, hidden: int) -> str | None:
     """Why the Triton kernels cannot run on `device`, if so."""
     try:
         import triton
@@ -116,6 +119,8 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"triton cannot be imported ({error})"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is not float32, float16 or bfloat16"
+    if hidden > LARGEST_HIDDEN:
+        return f"{hidden} hidden units, the kernels take up to {LARGEST_HIDDEN}"
     if device == "cpu":
         return (
             None
@@ -145,7 +150,15 @@ def _torch(features: Sequence[Tensor], weights: Sequence[Weights], stages: Seque
         for g in range(groups):
             flat = [p[g].to(dtype) for p in w]
             last = torch._VF.lstm(
-                x[:, g].transpose(0, 1), (zeros, zeros), flat, True, 1, 0.0, False, False, False
+                x[:, g].transpose(0, 1),
+                (zeros, zeros),
+                flat,
+                True,
+                1,
+                0.0,
+                torch.is_grad_enabled(),
+                False,
+                False,
             )[1]  # [1, B, H]
             outputs.append(last[0])
     return torch.cat(outputs, dim=1)
