@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastnet_kernels import ChannelGroupLSTM, naive
+from fastnet_kernels import ChannelGroupLSTM, naive, op
 from kernel_helpers import feature_maps, run_lstms
 from torch import nn
 
@@ -83,9 +83,7 @@ def test_initialised_as_nn_lstm() -> None:
         assert p.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "stages", [[], [(0, 4, 4)], [(1, 0, 4)], [(1, 4, 0)], [(1, 4, 1025)]], ids=lambda s: str(s)
-)
+@pytest.mark.parametrize("stages", [[], [(0, 4, 4)], [(1, 0, 4)], [(1, 4, 0)]], ids=lambda s: str(s))
 def test_impossible_stages(stages: list[tuple[int, int, int]]) -> None:
     with pytest.raises(ValueError, match=r"stage|groups"):
         ChannelGroupLSTM(stages)
@@ -106,3 +104,8 @@ def test_clear_errors() -> None:
         module.load_lstms([nn.LSTM(6, 6)] * 5)
     with pytest.raises(ValueError, match="not one of"):
         ChannelGroupLSTM(STAGES, backend="cuda")  # type: ignore[arg-type]
+
+
+def test_more_hidden_units_than_the_kernels_take() -> None:
+    with pytest.raises(RuntimeError, match="1025 hidden units, the kernels take up to 1024"):
+        op.choose("triton", "cuda", torch.float16, 1025)
