@@ -398,6 +398,36 @@ def test_exit_code_of_a_full_disk_elsewhere(
     assert ended.value.code == 2 and "no space left" in capsys.readouterr().err
 
 
+def test_label_smoothing_trains_and_is_not_in_the_recorded_loss(tiny_set: Path, tmp_path: Path) -> None:
+    """The first step's loss is of the same weights; the update is not the same."""
+    for smoothing in ("0", "0.5"):
+        run_here(
+            tiny_set,
+            tmp_path / smoothing,
+            "--label-smoothing",
+            smoothing,
+            "--max-steps",
+            "1",
+            "--log-every",
+            "1",
+        )
+    plain, smooth = (tmp_path / "0", tmp_path / "0.5")
+    assert events(plain, "step") == events(smooth, "step")
+    name = "classifier.weight"
+    assert not torch.equal(load(plain / "last.pt")["model"][name], load(smooth / "last.pt")["model"][name])
+
+
+def test_imagenet_weights_without_a_network(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    line = refused(
+        capsys, monkeypatch, *TINY, "--data", tiny_set, "--run", tmp_path / "run", "--weights", "imagenet"
+    )
+    assert "--weights imagenet: cannot download" in line and "--weights FILE, or --weights none" in line
+
+
 def test_two_processes_do_not_share_a_run(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
