@@ -189,8 +189,6 @@ def open_streams(
         eval_crop=config.eval_crop,
     )
     train, val = data.splits["train"], data.splits["val"]
-    steps = len(train) // config.batch_size
-    ends_here = position.step_in_epoch == steps
     stream = TrainStream(
         train,
         spec,
@@ -200,8 +198,8 @@ def open_streams(
         seed=config.seed,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        epoch=position.epoch + ends_here,
-        step=0 if ends_here else position.step_in_epoch,
+        epoch=position.epoch,
+        step=position.step_in_epoch,
     )
     share = max(1, config.batch_size // runtime.world_size // config.accumulate)
     return stream, EvalStream(val, spec, batch_size=share, rank=runtime.rank, world_size=runtime.world_size)
