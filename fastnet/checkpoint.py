@@ -11,8 +11,11 @@ import io
 import os
 import pickle
 import shutil
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +31,7 @@ from fastnet.runtime import Runtime
 
 FORMAT = 1
 # What a continued run may be given anew: it changes where and how far the run goes, not what it computes.
-FREE = {"max_steps", "threads", "checkpoint_every", "decode", "backend", "profile_steps"}
-
+FREE = {"max_steps", "threads", "checkpoint_every", "timeout", "decode", "backend", "profile_steps"}
 
 KEYS = {"format", "config", "model", "optimizer", "scaler", "position", "classes", "words", "data_hash"}
 
@@ -63,10 +65,10 @@ class Run:
     step: int
 
 
-def save(path: Path, content: dict[str, Any], *, best: bool) -> None:
+def save(path: Path, content: dict[str, Any], *, best: bool, claim: Claim | None = None) -> None:
     """Replaces `path` by a checkpoint in one step; with `best`, best.pt beside it becomes its copy.
 
-    Raises InputError if the disk is full; the checkpoint that was there stays.
+    Raises InputError if the disk is full or `claim` is lost; the checkpoint that was there stays.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
@@ -76,6 +78,8 @@ def save(path: Path, content: dict[str, Any], *, best: bool) -> None:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
+            if claim is not None:
+                claim.check()
             if best:
                 with replaced(path.with_name("best.pt")) as copy:
                     shutil.copyfile(beside, copy)
@@ -86,6 +90,63 @@ def save(path: Path, content: dict[str, Any], *, best: bool) -> None:
         raise InputError(
             f"{path}: no space left on the disk; {kept}; free some and run the command again"
         ) from error
+
+
+class Writer:
+    """Saves behind the training's back: `save` returns when the state is copied, and one thread writes it.
+
+    A save waits for the one before it, and raises what that one met. Leaving waits for the last.
+    """
+
+    def __init__(self, path: Path, claim: Claim | None) -> None:
+        self.path, self.claim = path, claim
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.under_way: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.pool.shutdown()
+
+    def save(self, content: dict[str, Any], *, best: bool) -> None:
+        self.finish()
+        self.under_way = self.pool.submit(save, self.path, _on_cpu(content), best=best, claim=self.claim)
+
+    def finish(self) -> None:
+        """Waits for the save under way. Raises InputError if it failed."""
+        before, self.under_way = self.under_way, None
+        if before is not None:
+            before.result()
+
+
+def _on_cpu(value: Any) -> Any:
+    """`value` with every tensor in it copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_on_cpu, value))
+    return value
+
+
+class Schedule:
+    """When a checkpoint is due, besides the ends of epochs: after so many steps, or so many seconds."""
+
+    def __init__(self, config: Config) -> None:
+        self.steps, self.seconds = config.checkpoint_interval
+        self.last = time.monotonic()
+
+    def after_time(self) -> bool:
+        """True once for each interval of time, by this process's clock."""
+        if self.seconds and time.monotonic() - self.last >= self.seconds:
+            self.last = time.monotonic()
+            return True
+        return False
+
+    def after_steps(self, step: int) -> bool:
+        return self.steps > 0 and step % self.steps == 0
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -163,37 +224,81 @@ def load_run(run: Path, runtime: Runtime, which: str = "best") -> Run:
     return Run(config, network, content["classes"], content["words"], position.step)
 
 
+class Claim:
+    """A run directory held by one process through a lock on a file in it, which dies with the process.
+
+    A rank 0 that torchrun starts anew takes the run over from the one before it of the same job (`--rdzv-id`), which
+    may hang on a host that is cut off or frozen; that one can save no more.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / ".lock"
+        self.job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own name for "not given"
+        held = self._locked()
+        self.held = self._taken_over() if held is None else held
+
+    def _locked(self) -> int | None:
+        held = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            reason = f"{self.path}: no locks on this file system; see to it that only one job trains there"
+            print(reason, file=sys.stderr, flush=True)
+        os.ftruncate(held, 0)
+        os.write(held, self.job.encode())
+        return held
+
+    def _taken_over(self) -> int:
+        holder = self.path.read_text(encoding="utf-8")
+        if self.job == "none" or holder != self.job:
+            raise InputError(
+                f"{self.path.parent}: another process is training there; wait for it, or give another --run"
+            )
+        self.path.unlink()
+        held = self._locked()
+        assert held is not None, "nobody else knows the new file"
+        return held
+
+    def check(self) -> None:
+        """Raises InputError if another process has taken the run over."""
+        if not self.path.exists() or not os.path.samestat(os.fstat(self.held), self.path.stat()):
+            raise InputError(
+                f"{self.path.parent}: taken over by a restart of this job; nothing more is saved here"
+            )
+
+    def release(self) -> None:
+        os.close(self.held)
+
+
 @contextmanager
-def claimed(run: Path, runtime: Runtime) -> Iterator[None]:
+def claimed(run: Path, runtime: Runtime) -> Iterator[Claim | None]:
     """Makes the directory `run` and holds it for this process; removes what a killed one left half written.
 
-    Raises InputError, on every rank, if it cannot be made or another process trains there.
+    Yields rank 0's claim, None on other ranks. Raises InputError, on every rank, if the directory cannot be made or
+    another job trains there.
     """
-    held = runtime.together(lambda: _claim(run) if runtime.is_main else None)
+    claim = runtime.together(lambda: _claim(run) if runtime.is_main else None)
     try:
-        yield
+        yield claim
     finally:
-        if held is not None:
-            os.close(held)
+        if claim is not None:
+            claim.release()
 
 
-def _claim(run: Path) -> int:
-    """The open directory that carries the lock."""
+def _claim(run: Path) -> Claim:
     try:
         run.mkdir(parents=True, exist_ok=True)
-        held = os.open(run, os.O_RDONLY)
+        claim = Claim(run)
     except OSError as error:
         raise InputError(f"--run {run}: cannot be made ({error.strerror}); choose another place") from error
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(held)
-        raise InputError(
-            f"{run}: another process is training there; wait for it, or give another --run"
-        ) from error
     for path in [*run.glob(".*.pt.*"), *run.glob(".manifest.json.*")]:
         path.unlink(missing_ok=True)
-    return held
+    return claim
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,10 @@ class InputError(Exception):
     """Bad input. The message is one line that names what is wrong and what to do."""
 
 
+class LostError(Exception):
+    """Other ranks are gone, or ask this one to start anew. The message is one line; every rank says its own."""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, where there is one to show."""
 
@@ -61,6 +65,10 @@ def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
         sys.exit("interrupted")
     except InputError as error:
         fail(str(error), debug="--debug" in argv)
+    except LostError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

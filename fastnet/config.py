@@ -85,8 +85,11 @@ class Config:
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
     seed: int = _flag(0, "training", "seed of weights, order and augmentation", within=(0, 2**32 - 1))
     max_steps: int = _flag(0, "training", "stop after N steps in all; 0 runs to the end", least=0)
-    checkpoint_every: int = _flag(
-        500, "training", "steps between checkpoints (each epoch saves too)", least=1
+    checkpoint_every: str = _flag(
+        "5m", "training", "steps or time between checkpoints, such as 500, 30s, 5m (each epoch saves too)"
+    )
+    timeout: float = _flag(
+        300.0, "training", "seconds that a rank waits for the others before it gives up", above=0
     )
     log_every: int = _flag(20, "training", "steps between records of the training loss", least=1)
     profile_steps: str = _flag(
@@ -116,6 +119,10 @@ class Config:
                     )
         if self.profile_steps != "none" and not _is_window(self.profile_steps):
             raise InputError(f"--profile-steps {self.profile_steps}: give A:B with A below B, such as 20:25")
+        if not re.fullmatch(r"[1-9]\d{0,8}[smh]?", self.checkpoint_every, re.ASCII):
+            raise InputError(
+                f"--checkpoint-every {self.checkpoint_every}: give steps, or a time such as 30s, 5m or 1h"
+            )
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
 
@@ -138,6 +145,14 @@ class Config:
             return None
         first, _, last = self.profile_steps.partition(":")
         return int(first), int(last)
+
+    @property
+    def checkpoint_interval(self) -> tuple[int, float]:
+        """(steps, seconds) between checkpoints, of which one is 0."""
+        every = self.checkpoint_every
+        if every.isdigit():
+            return int(every), 0.0
+        return 0, int(every[:-1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[every[-1]]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

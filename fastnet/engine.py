@@ -184,13 +184,15 @@ def interval(job: Job) -> dict[str, Any]:
 
 def epoch_record(job: Job) -> dict[str, Any]:
     """What an epoch's line of metrics.jsonl says of training. Collective. Times are this rank's, in this session."""
-    means = _means(summed_totals(job))
+    totals = summed_totals(job)
+    means = _means(totals)
     steps = job.clock.milliseconds()
     seconds = float(steps.sum()) / 1e3
     p50, p95 = np.percentile(steps, [50, 95]) if len(steps) else (0.0, 0.0)
     return {
         **_where(job),
         **means,
+        "train_count": totals[COUNT],
         "lr": _rate(job),
         "images_per_s": len(steps) * job.config.batch_size / seconds if seconds else 0.0,
         "step_ms_p50": float(p50),

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastnet.cli import InputError
+from fastnet.cli import InputError, LostError
 
 T = TypeVar("T")
 
@@ -89,12 +89,13 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Runtime]:
+def joined(timeout: float) -> Iterator[Runtime]:
     """The ranks that torchrun's environment describes, or a process alone.
 
     An InputError is every rank's, and leaves the group in order; after a crash that is the launcher's work.
+    Raises LostError where another rank is gone, or has not answered for `timeout` seconds.
     """
-    runtime = _join()
+    runtime = _join(timeout)
     with contextlib.ExitStack() as leave:
         if runtime.world_size > 1:
             leave.callback(dist.destroy_process_group)
@@ -102,12 +103,25 @@ def joined() -> Iterator[Runtime]:
             yield runtime
         except InputError:
             raise
-        except BaseException:
+        except BaseException as error:
             leave.pop_all()
+            if runtime.world_size > 1 and _is_of_the_group(error):
+                reason = " ".join(str(error).split())
+                raise LostError(
+                    f"rank {runtime.rank}: another rank is gone or did not answer within --timeout {timeout:g} s; "
+                    f"start again to continue from the last checkpoint ({reason:.200})"
+                ) from error
             raise
 
 
-def _join() -> Runtime:
+def _is_of_the_group(error: BaseException) -> bool:
+    """Whether a collective operation failed. Gloo's failures are RuntimeErrors that only their text tells apart."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+    )
+
+
+def _join(timeout: float) -> Runtime:
     """Joins the process group: NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
     Raises InputError for a port in use or more ranks than GPUs.
     """
@@ -131,9 +145,9 @@ def _join() -> Runtime:
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 device_id=device if device.type == "cuda" else None,
-                timeout=timedelta(minutes=10),
+                timeout=timedelta(seconds=timeout),
             )
-            runtime.control = dist.new_group(backend="gloo")
+            runtime.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         except dist.DistError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = str(error).splitlines()[0]
@@ -168,11 +182,11 @@ def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[choice]
 
 
-class StopVote:
+class Vote:
     """While entered, SIGTERM and SIGINT ask for a stop, which all ranks take after the same step.
 
-    Each step starts an all-reduce of the flags and reads the one of the step before, which is long done:
-    the ranks agree without waiting for each other.
+    Ranks agree likewise on a save that the clock of one of them asks for. Each step starts an all-reduce of the
+    wishes and reads the one of the step before, which is long done: the ranks agree without waiting for each other.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -180,7 +194,7 @@ class StopVote:
         self.asked = False
         self.pending: tuple[torch.Tensor, Any] | None = None
 
-    def __enter__(self) -> StopVote:
+    def __enter__(self) -> Vote:
         self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -193,20 +207,31 @@ class StopVote:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
-    def after_step(self) -> bool:
-        """True if every rank is to stop now. Collective: call it once after each step."""
+    def after_step(self, save: bool) -> tuple[bool, bool]:
+        """Whether every rank is to stop now, and to save now. Collective: call it once after each step."""
         if self.runtime.world_size == 1:
-            return self.asked
+            return self.asked, save
         agreed = self.settle()
-        flag = torch.tensor([int(self.asked)])
-        self.pending = (flag, dist.all_reduce(flag, group=self.runtime.control, async_op=True))
+        wishes = torch.tensor([int(self.asked), int(save)])
+        self.pending = (wishes, dist.all_reduce(wishes, group=self.runtime.control, async_op=True))
         return agreed
 
-    def settle(self) -> bool:
+    def settle(self) -> tuple[bool, bool]:
         """Waits for the vote under way, if any, and returns its outcome."""
         if self.pending is None:
-            return False
-        flag, work = self.pending
+            return False, False
+        wishes, work = self.pending
         work.wait()
         self.pending = None
-        return bool(flag.item())
+        stop, save = wishes.tolist()
+        return stop > 0, save > 0
+
+    def check_own(self, step: int) -> None:
+        """Raises LostError after a stop that only another host was asked for: there, the launcher of this host
+        must not take the end of its ranks for the end of the run."""
+        hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        if hosts > 1 and not self.asked:
+            raise LostError(
+                f"rank {self.runtime.rank}: stopped after step {step}, all saved, since another host was asked to; "
+                "start again to continue"
+            )

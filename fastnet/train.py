@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastnet import checkpoint, engine, phases, profiling, record
-from fastnet.checkpoint import Position
+from fastnet.checkpoint import Claim, Position, Schedule, Writer
 from fastnet.cli import Parser
 from fastnet.cli import run as run_command
 from fastnet.config import PRESETS, Config, add_flags, from_flags
@@ -30,7 +30,7 @@ from fastnet.data import PreparedSet, default_set
 from fastnet.model import Network, load_backbone, lstm_backend
 from fastnet.pipeline import EvalStream, Spec, TrainStream, resolve_decode
 from fastnet.record import Recorder
-from fastnet.runtime import Runtime, StopVote, choose_precision, joined, threads_per_rank
+from fastnet.runtime import Runtime, Vote, choose_precision, joined, threads_per_rank
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
 
-    with joined() as runtime:
+    with joined(flags.get("timeout", Config.timeout)) as runtime:
         data = runtime.together(lambda: default_set(flags["data"]))
         preset = flags["preset"] or ("sample" if data.source["kind"] == "sample" else "paper")
         config = from_flags(PRESETS[preset](flags.get("network", "baseline")), flags)
         runtime.amp = choose_precision(config.precision, runtime.device)
         run = flags["run"] or Path("runs") / config.network
-        with checkpoint.claimed(run, runtime):
-            result = train(config, data, run, runtime)
+        with checkpoint.claimed(run, runtime) as claim:
+            result = train(config, data, run, runtime, claim)
         if "top1" in result and runtime.is_main:
             print(
                 f"{result['run']}: step {result['step']}, val top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}, "
@@ -59,10 +59,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         return result
 
 
-def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dict[str, Any]:
+def train(
+    config: Config, data: PreparedSet, run: Path, runtime: Runtime, claim: Claim | None
+) -> dict[str, Any]:
     """Trains `config` on `data` in the directory `run`, from its last checkpoint if it has one.
 
-    Returns the last evaluation (loss, top1, top5, count), how far the run is and its files. Collective over ranks.
+    `claim` is rank 0's hold on the directory. Returns the last evaluation (loss, top1, top5, count), how far the run
+    is and its files. Collective over ranks.
     """
     torch.manual_seed(config.seed)
     network = Network(config, len(data.classes))
@@ -94,7 +97,8 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
     facts = {"data_hash": data.hash, "classes": data.classes, "words": data.words}
 
     window = profiling.Window(config.profile_window, runtime.device, run / f"trace-rank{runtime.rank}.json")
-    with StopVote(runtime) as vote, recorder, closing(train_stream), closing(val_stream), window:
+    writer, schedule = Writer(run / "last.pt", claim), Schedule(config)
+    with Vote(runtime) as vote, recorder, closing(train_stream), closing(val_stream), window, writer:
 
         def save(job: engine.Job, metrics_bytes: int, best: bool = False) -> None:
             """Keeps all that is needed to continue from here; refuses to after a loss that was not finite."""
@@ -102,9 +106,7 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
             position.metrics_bytes = metrics_bytes
             engine.check_weights(job)
             content = {**engine.state(job), **facts}
-            runtime.together(
-                lambda: checkpoint.save(run / "last.pt", content, best=best) if runtime.is_main else None
-            )
+            runtime.together(lambda: writer.save(content, best=best) if runtime.is_main else None)
 
         def after_step(job: engine.Job) -> bool:
             """Records and saves when it is time; True asks the epoch to end here."""
@@ -112,9 +114,10 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
             recorder.step()
             if position.step % config.log_every == 0:
                 runtime.together(partial(recorder.event, "step", **engine.interval(job)))
-            if vote.after_step():
+            stop, time_to_save = vote.after_step(runtime.is_main and schedule.after_time())
+            if stop:
                 return True
-            if position.step % config.checkpoint_every == 0:
+            if time_to_save or schedule.after_steps(position.step):
                 save(job, recorder.size())
             return position.step == config.max_steps
 
@@ -132,6 +135,8 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
                 ended_early = engine.train_epoch(job, after_step)
                 if ended_early and position.step != config.max_steps:
                     save(job, recorder.size())
+                    runtime.together(writer.finish)
+                    vote.check_own(position.step)
                     runtime.say(f"stopped after step {position.step}, all saved; the same command continues")
                     return outcome(run, position)
 
@@ -149,8 +154,10 @@ def train(config: Config, data: PreparedSet, run: Path, runtime: Runtime) -> dic
                     best = position.epoch == 0
                 save(job, metrics_bytes, best)
                 if position.step == config.max_steps:
+                    runtime.together(writer.finish)
                     runtime.say(f"stopped after --max-steps {config.max_steps}, all saved")
                     return outcome(run, position)
+        runtime.together(writer.finish)
     return outcome(run, position)
 
 
@@ -218,7 +225,7 @@ def write_manifest(
 
 def outcome(run: Path, position: Position) -> dict[str, Any]:
     """The command's result: the last evaluation, if there was one, and where things are."""
-    files = [str(path) for path in sorted(run.iterdir())]
+    files = [str(path) for path in sorted(run.glob("[!.]*"))]
     return {
         **record.last_scores(run),
         "done": position.done,

@@ -18,7 +18,7 @@ FLAGS = """
 --accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --epochs
 --erase --eval-crop --flip --head-epochs --head-lr --head-optimizer --image-size --label-smoothing
 --log-every --lr --max-steps --min-crop --momentum --network --optimizer --plateau --plateau-delta
---precision --profile-steps --seed --seq-len --stages --threads --warmup --weight-decay --weights
+--precision --profile-steps --seed --seq-len --stages --threads --timeout --warmup --weight-decay --weights
 """
 
 
