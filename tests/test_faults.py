@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import SCRIPT, STEPS, TINY, events, run_ranks, wait_for_step
+from test_train import SCRIPT, STEPS, TINY, run_ranks
 
 from fastnet import checkpoint
 from fastnet.checkpoint import Claim, Schedule, Writer, load
 from fastnet.cli import InputError
 from fastnet.config import Config, sample
+from runs import events, wait_for_step
 
 JOB = "TORCHELASTIC_RUN_ID"
 
@@ -139,5 +140,5 @@ def test_checkpoint_intervals(every: str, interval: tuple[int, float]) -> None:
 
 @pytest.mark.parametrize("every", ["0", "0s", "-1", "5 m", "m", "1.5m", "5d", ""])
 def test_bad_checkpoint_intervals(every: str) -> None:
-    with pytest.raises(InputError, match="--checkpoint-every .*give steps, or a time such as 30s"):
+    with pytest.raises(InputError, match=r"--checkpoint-every .*give steps, or a time such as 30s"):
         Config(checkpoint_every=every)

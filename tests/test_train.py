@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from fastnet import checkpoint, cli, train
-from fastnet.checkpoint import FREE, load
+from fastnet.checkpoint import load
 from fastnet.runtime import Runtime
+from runs import TIMES, assert_same_end, events, wait_for_step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "fastnet" / "train.py"
@@ -26,7 +27,6 @@ SCRIPT = REPOSITORY / "fastnet" / "train.py"
 FLAGS = "--network lstm --image-size 32 --batch-size 8 --head-epochs 2 --epochs 2 --log-every 2 --threads 1"
 TINY = ["sample", *FLAGS.split()]
 STEPS = 20
-TIMES = ("images_per_s", "step_ms_p50", "step_ms_p95", "data_wait", "peak_mem_mb", "seconds")
 
 
 def run_here(data: Path, run: Path, *flags: str) -> dict[str, Any]:
@@ -41,39 +41,6 @@ def command(ranks: int, data: Path, run: Path, *flags: str) -> list[str]:
 
 def run_ranks(ranks: int, data: Path, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(ranks, data, run, *flags), capture_output=True, text=True, timeout=240)
-
-
-def events(run: Path, kind: str = "") -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the moment."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-    return [line for line in kept if kind in ("", line["event"])]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Equal to the bit: model, optimiser, position, and every line of the records."""
-    assert events(one) == events(other)
-    a, b = load(one / "last.pt"), load(other / "last.pt")
-    for content in (a, b):
-        content["position"].pop("metrics_bytes")  # lines hold times, and so differ in length
-        for flag in FREE:
-            del content["config"][flag]
-    assert_equal(a, b)
-    assert_equal(load(one / "best.pt")["model"], load(other / "best.pt")["model"])
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list):
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +111,6 @@ def test_a_finished_run_is_left_alone(whole: Path, tiny_set: Path) -> None:
     before = (whole / "last.pt").stat().st_mtime_ns
     assert run_here(tiny_set, whole)["done"]
     assert (whole / "last.pt").stat().st_mtime_ns == before
-
-
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    """Returns once metrics.jsonl speaks of `step` or a later one, or the process has ended."""
-    path = run / "metrics.jsonl"
-    while True:
-        text = path.read_text() if path.exists() else ""
-        if any(int(found) >= step for found in re.findall(r'"step": (\d+)', text)):
-            return
-        try:
-            process.wait(timeout=0.02)
-            return
-        except subprocess.TimeoutExpired:
-            pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
