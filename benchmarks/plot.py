@@ -219,11 +219,35 @@ def draw_model(rows: list[Row]) -> Figure:
     return finish(figure, rows, "MODELLED, not measured: bounds of the fused kernels, 256 images, bf16")
 
 
+def draw_long_run(rows: list[Row]) -> Figure:
+    """Memory, open files and threads of each process over the epochs of a long run."""
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained")
+    quantities = {"rss_mb": "resident MB", "open_files": "open files", "threads": "threads"}
+    panels = figure.subplots(1, 3)
+    for axes, (key, label) in zip(panels, quantities.items(), strict=True):
+        for process, style in zip(dict.fromkeys(r["process"] for r in rows), ("-", "--", ":"), strict=False):
+            own = [r for r in rows if r["process"] == process]
+            axes.plot(
+                [int(r["epoch"]) for r in own],
+                [float(r[key]) for r in own],
+                style,
+                color="0",
+                lw=1,
+                label=process,
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    legend_beside(figure, panels)
+    return finish(figure, rows, "A run of many epochs: memory, open files and threads of each process")
+
+
 DRAW: dict[str, Callable[[list[Row]], Figure]] = {
     "lstm": draw_lstm,
     "pipeline": draw_pipeline,
     "step": draw_step,
     "model": draw_model,
+    "long_run": draw_long_run,
 }
 
 
