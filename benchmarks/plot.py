@@ -219,6 +219,33 @@ def draw_model(rows: list[Row]) -> Figure:
     return finish(figure, rows, "MODELLED, not measured: bounds of the fused kernels, 256 images, bf16")
 
 
+def draw_scaling(rows: list[Row]) -> Figure:
+    """Modelled efficiency of the LSTM network's training over the number of GPUs."""
+    rows = [r for r in rows if r["network"] == "lstm"]
+    figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+    scalings = list(dict.fromkeys(r["scaling"] for r in rows))
+    panels = figure.subplots(1, len(scalings), sharey=True)
+    for axes, scaling in zip(panels, scalings, strict=True):
+        for cluster, style in zip(
+            dict.fromkeys(r["cluster_name"] for r in rows), ("-", "--", ":"), strict=True
+        ):
+            own = [r for r in rows if r["scaling"] == scaling and r["cluster_name"] == cluster]
+            gpus = [int(r["gpus"]) for r in own]
+            axes.plot(gpus, [float(r["efficiency"]) for r in own], style, color="0", lw=1, label=cluster)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(
+            [8, 16, 32, 64, 128, 256, 512, 1024], ["8", "16", "32", "64", "128", "256", "512", "1024"]
+        )
+        axes.set_ylim(0, 1.02)
+        axes.set_title(scaling, fontsize=8)
+        axes.set_xlabel("GPUs, 8 a node")
+    panels[0].set_ylabel("images/s, of GPUs x one GPU's rate")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=7)
+    figure.suptitle("Modelled, not measured: training past one machine", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
 def draw_long_run(rows: list[Row]) -> Figure:
     """Memory, open files and threads of each process over the epochs of a long run."""
     figure = Figure(figsize=(7.2, 2.6), layout="constrained")
@@ -248,6 +275,7 @@ DRAW: dict[str, Callable[[list[Row]], Figure]] = {
     "step": draw_step,
     "model": draw_model,
     "long_run": draw_long_run,
+    "scaling": draw_scaling,
 }
 
 
