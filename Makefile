@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench constraints
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -23,8 +23,12 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m benchmarks.lstm --quick
 	$(BIN)/python -m benchmarks.pipeline --quick
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.plot --quick
+
+# Versions stay as they are unless UPGRADE=--upgrade.
+constraints: setup
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads \
+		--custom-compile-command 'make constraints' $(UPGRADE) -o constraints.txt

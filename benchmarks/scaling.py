@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.harness import RESULTS, write_csv
+from benchmarks.harness import RESULTS, about, write_csv
 from fastnet.config import paper
 from fastnet.model import Network
 
@@ -113,6 +113,7 @@ def rows(rate: float, least: float) -> Iterator[dict[str, Any]]:
                         "efficiency": f"{images / rate / seconds:.3f}",
                         "steps_per_epoch": steps,
                         "epoch_s": f"{steps * seconds:.2f}",
+                        **about(),
                     }
 
 
