@@ -18,6 +18,13 @@ PORT = 29400
 # Seconds: a host is given up after three heartbeats, and a new round waits as long for hosts that may still come.
 HEARTBEAT, LAST_CALL = 2, 6
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "eth0",
+    # Otherwise torchrun 2.14 keeps the first round's store: a host that joins later waits for it in vain.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+
 
 def ip(*words: object) -> str:
     """Runs iproute2's `ip`. Raises CalledProcessError, with what it said, where that is not allowed or possible."""
@@ -103,7 +110,7 @@ class Hosts:
             stdout=file,
             stderr=file,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"},
+            env={**os.environ, **ENVIRONMENT},
         )
 
     def said(self, host: int) -> str:
