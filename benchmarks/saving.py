@@ -1,0 +1,88 @@
+"""What do checkpoints cost the training loop?  python -m benchmarks.saving  (about 2 minutes on two cores)
+
+The same steps (LSTM network, full phase, 64 px, one resident batch), once with a checkpoint saved at their start and
+once without, in turns; and the same with a save that the loop waits for. Writes saving.json: milliseconds that a save
+adds, and what share of the time that is at the default of --checkpoint-every.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import harness
+from benchmarks.harness import Laps, write_result
+from benchmarks.step import Resident, make_job
+from fastnet import engine
+from fastnet.checkpoint import Writer
+from fastnet.config import Config, sample
+from fastnet.pipeline import Batch
+from fastnet.runtime import solo
+
+STEPS, SECONDS = 8, 100
+
+
+def main() -> None:
+    config = replace(sample("lstm"), backend="auto")
+    runtime = solo()
+    size = config.image_size
+    images = torch.randn(config.batch_size, 3, size, size, device=runtime.device)
+    batch = Batch(
+        images.to(runtime.image_dtype, memory_format=torch.channels_last),
+        torch.arange(config.batch_size, device=runtime.device) % 20,
+        np.arange(config.batch_size),
+    )
+    job = make_job(config, "full", 20, Resident(batch, steps_per_epoch=10**6), runtime)
+    engine.train_step(job)
+    with (
+        tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
+        Writer(Path(folder) / "last.pt", None) as writer,
+    ):
+
+        def steps(save: Callable[[], None]) -> harness.Candidate:
+            def run(laps: Laps) -> None:
+                save()
+                laps("save")
+                for _ in range(STEPS):
+                    engine.train_step(job)
+                laps("steps")
+                writer.finish()  # outside what counts: the next candidate starts with nothing under way
+
+            return run
+
+        def behind() -> None:
+            writer.save(engine.state(job), best=False)
+
+        def waited_for() -> None:
+            behind()
+            writer.finish()
+
+        candidates = {"none": steps(lambda: None), "behind": steps(behind), "waited for": steps(waited_for)}
+        taken = harness.alternate(candidates, runtime.device, seconds=SECONDS, least=5)
+        size_mb = (Path(folder) / "last.pt").stat().st_size / 1e6
+    total = {name: np.add(laps["save"], laps["steps"]) for name, laps in taken.items()}
+    added = {name: float(np.median(total[name] - total["none"])) for name in ("behind", "waited for")}
+    seconds = Config().checkpoint_interval[1]
+    values = {
+        "command": "python -m benchmarks.saving",
+        "checkpoint_mb": round(size_mb, 1),
+        "rounds": len(total["none"]),
+        "step_ms": round(float(np.median(taken["none"]["steps"])) / STEPS, 1),
+        "loop_stands_still_ms": {name: round(float(np.median(taken[name]["save"])), 1) for name in added},
+        "added_ms_per_save": {name: round(value, 1) for name, value in added.items()},
+        "default_checkpoint_every_s": seconds,
+        "share_at_the_default": {name: round(value / 1e3 / seconds, 6) for name, value in added.items()},
+    }
+    print(write_result("saving", values).read_text())
+    if added["behind"] / 1e3 / seconds > 0.01:
+        sys.exit("over one percent")
+
+
+if __name__ == "__main__":
+    main()
