@@ -30,5 +30,5 @@ bench: setup
 
 # Versions stay as they are unless UPGRADE=--upgrade.
 constraints: setup
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads \
+	$(BIN)/uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads \
 		--custom-compile-command 'make constraints' $(UPGRADE) -o constraints.txt
