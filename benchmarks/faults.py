@@ -85,7 +85,7 @@ def command(ranks: int, data: Path, run: Path) -> list[str]:
 
 @contextlib.contextmanager
 def started(line: list[str]) -> Iterator[subprocess.Popen]:
-    """A process in a group of its own, all of which is killed on leaving."""
+    """A process in a group of its own; it and all that it started is killed on leaving."""
     with subprocess.Popen(
         line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as p:
@@ -93,7 +93,16 @@ def started(line: list[str]) -> Iterator[subprocess.Popen]:
             yield p
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(p.pid, signal.SIGKILL)
+                os.killpg(p.pid, signal.SIGSTOP)
+            # torchrun gives each rank a process group of its own
+            for group in [*children(p.pid), p.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]
 
 
 def kill_preparing(kills: int, data: Path, draw: random.Random) -> dict[str, Any]:
@@ -237,8 +246,7 @@ def rank_frozen(data: Path, run: Path, whole: Path) -> dict[str, Any]:
     """SIGSTOP to one of two ranks: the other ends, torchrun removes both and starts them anew, by itself."""
     with started(command(2, data, run)) as process:
         wait_for_step(process, run, 20)
-        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-        os.kill(int(ranks.stdout.split()[1]), signal.SIGSTOP)
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
         began = time.monotonic()
         code = process.wait()
         took = round(time.monotonic() - began, 1)
