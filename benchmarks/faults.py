@@ -215,7 +215,7 @@ def disk_full(data: Path, run: Path, whole: Path) -> dict[str, Any]:
         line = [said for said in ended.stderr.splitlines() if said.startswith("error:")]
         assert ended.returncode == 2 and len(line) == 1, ended.stderr
         kept = saved_step(run)
-        subprocess.run(["mount", "-o", f"remount,size={4 * size}", str(run)], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(run)], check=True)
         subprocess.run(command(1, data, run), check=True, stderr=subprocess.DEVNULL)
         assert_same_end(run, whole)
     finally:
