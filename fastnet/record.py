@@ -142,14 +142,15 @@ def surroundings() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The checkout's commit, with + behind it if files differ from it; None outside a checkout."""
+    """The checkout's commit, with + behind it if files differ from it; in an image, what it was built from
+    ($FASTNET_REVISION); None where neither is known."""
     root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
+        return os.environ.get("FASTNET_REVISION") or None
+    return done.stdout.strip() or os.environ.get("FASTNET_REVISION") or None
 
 
 def cpu_name() -> str:

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of the container, or in one process where there are none; the arguments are those of train.py.
+# FASTNET_RANKS sets another number of ranks.
+set -euo pipefail
+ranks=${FASTNET_RANKS:-$(python -c "import torch; print(max(1, torch.cuda.device_count()))")}
+if [[ $ranks == 1 ]]; then
+    exec python -m fastnet.train "$@"
+fi
+exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts=3 --shutdown-timeout=120 -m -- fastnet.train "$@"
