@@ -1,8 +1,8 @@
 """Proves that a run outlives its hosts: python -m benchmarks.hosts (root, iproute2; about 15 minutes on two cores)
 
 Two and three hosts in network namespaces on this machine (tests/hosts.py): real TCP, gloo, one rank and torchrun
-each. A fault hits a host in mid-epoch: it is killed, frozen, or its cable pulled. Each scenario is a row of
-hosts.json with the seconds until the other ranks ended, and how the run ended.
+each. A fault hits a host in mid-epoch: it is killed, frozen, told to stop (SIGTERM), or its cable is pulled. Each
+scenario is a row of hosts.json with the seconds until the other ranks ended, and how the run ended.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
             whole[count] = place / f"one-host-{count}"
             one_host(count, data, whole[count])
             rows.append(undisturbed(count, data, place / f"hosts-{count}", whole[count]))
-            for fault in ("kill", "freeze", "cut_off"):
+            for fault in ("kill", "freeze", "cut_off", "terminate"):
                 rows.append(one_fewer(fault, count, data, place / f"{fault}-{count}", whole[count]))
         rows.append(host_returns(3, data, place / "returns", whole[3]))
         for fault in ("kill", "freeze", "cut_off"):
@@ -151,11 +151,12 @@ def start(hosts: Hosts, host: int, data: Path, run: Path, least: int) -> None:
 
 
 def error_lines(hosts: Hosts, host: int) -> list[str]:
-    return re.findall("^error: rank .*is gone or did not answer.*", hosts.said(host), re.MULTILINE)
+    what = "is gone or did not answer|since another host was asked to"
+    return re.findall(f"^error: rank .*(?:{what}).*", hosts.said(host), re.MULTILINE)
 
 
 def ended(hosts: Hosts, host: int, began: float) -> float:
-    """Seconds from `began` until the rank on `host` has said that another one is lost."""
+    """Seconds from `began` until the rank on `host` has said why it ends."""
     while not error_lines(hosts, host):
         if time.monotonic() - began > PATIENCE or hosts.agents[host].poll() is not None:
             raise RuntimeError(f"host {host + 1} did not notice:\n{hosts.said(host)}")

@@ -128,6 +128,10 @@ class Hosts:
     def kill(self, host: int) -> None:
         self._signal(host, signal.SIGKILL)
 
+    def terminate(self, host: int) -> None:
+        """SIGTERM to the host's torchrun, which passes it on to its rank."""
+        self.agents[host].terminate()
+
     def freeze(self, host: int) -> None:
         self._signal(host, signal.SIGSTOP)
 

@@ -24,8 +24,8 @@ from runs import events, wait_for_step
 JOB = "TORCHELASTIC_RUN_ID"
 
 
-def ranks_by_hand(data: Path, run: Path, *flags: str) -> list[subprocess.Popen[str]]:
-    """Two ranks without a launcher, so that a test sees each one's own end."""
+def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[subprocess.Popen[str]]:
+    """Two ranks without a launcher, so that a test sees each one's own end; as though on so many hosts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,6 +34,7 @@ def ranks_by_hand(data: Path, run: Path, *flags: str) -> list[subprocess.Popen[s
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "GROUP_WORLD_SIZE": str(hosts),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(SCRIPT), *TINY, "--data", str(data), "--run", str(run), *flags]
@@ -71,6 +72,29 @@ def test_a_lost_rank_ends_the_other_in_time(
         assert done.returncode == 0, done.stderr
         assert load(run / "last.pt")["position"]["step"] == STEPS
         assert [epoch["train_count"] for epoch in events(run, "epoch")] == [40] * 4
+
+
+@pytest.mark.parametrize(("hosts", "code"), [(1, 0), (2, 1)])
+def test_a_host_that_was_not_told_to_stop_does_not_call_it_done(
+    hosts: int, code: int, tiny_set: Path, tmp_path: Path
+) -> None:
+    """SIGTERM reaches one of two ranks; both stop after the same step, and what they stopped at is saved."""
+    run = tmp_path / "run"
+    ranks = ranks_by_hand(tiny_set, run, hosts=hosts)
+    wait_for_step(ranks[0], run, 4)
+    ranks[1].send_signal(signal.SIGTERM)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [code, 0]
+    lines = [line for line in said[0].splitlines() if line.startswith("error:")]
+    stopped = load(run / "last.pt")["position"]["step"]
+    assert lines == (
+        [
+            f"error: rank 0: stopped after step {stopped}, all saved, since another host was asked to; "
+            "start again to continue"
+        ]
+        if code
+        else []
+    )
 
 
 def test_a_restart_of_the_same_job_takes_the_run_over(
