@@ -38,6 +38,7 @@ FLAGS = (
 STEPS = STEPS_PER_EPOCH * (HEAD_EPOCHS + EPOCHS)
 PHASE_ENDS = STEPS_PER_EPOCH * HEAD_EPOCHS
 PREPARE_SHARE, TWO_RANKS_SHARE = 0.1, 0.2
+PARTIAL = ".*.pt.*"  # checkpoints being written, or left half-written by a kill
 
 
 def main() -> None:
@@ -137,8 +138,8 @@ def kill_training(
     while kills:
         run = place / f"killed-{ranks}-{ends}"
         while kills and not is_done(run):
+            before = state(run)
             with started(command(ranks, data, run)) as process:
-                before = last_step(run)
                 await_moment(process, run, draw)
                 alive = process.poll() is None
             if alive:
@@ -162,25 +163,35 @@ def kill_training(
 
 def await_moment(process: subprocess.Popen, run: Path, draw: random.Random) -> None:
     """Returns at the moment to kill, or when the process has ended."""
-    near_phase_end = PHASE_ENDS - 25 < saved_step(run) < PHASE_ENDS
+    saved = saved_step(run)
+    near_phase_end = PHASE_ENDS - 25 < saved < PHASE_ENDS
     kind = "phase" if near_phase_end else draw.choices(("start", "write", "any"), (1, 3, 6))[0]
     if kind == "start":
         time.sleep(draw.uniform(0, 8))
         return
-    wait_for_step(process, run, last_step(run) + 1 if kind != "phase" else PHASE_ENDS)
+    while process.poll() is None and last_step(run) > saved:
+        time.sleep(0.01)  # it has not yet cut off what the killed one had recorded
+    wait_for_step(process, run, PHASE_ENDS if kind == "phase" else saved + draw.randrange(1, 3 * INTERVAL))
     if kind == "write":
-        while process.poll() is None and not list(run.glob(".last.pt.*")):
+        while process.poll() is None and not list(run.glob(PARTIAL)):
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.1))
     else:
         time.sleep(draw.uniform(0, 3 if kind == "any" else 1))
 
 
-def moment(run: Path, before: int) -> str:
-    """Where the run was when it was killed, by what it has left."""
-    if list(run.glob(".*.pt.*")):
+def state(run: Path) -> tuple[str, int, set[Path]]:
+    """The records, the step of the checkpoint, and half-written checkpoints."""
+    path = run / "metrics.jsonl"
+    return path.read_text() if path.exists() else "", saved_step(run), set(run.glob(PARTIAL))
+
+
+def moment(run: Path, before: tuple[str, int, set[Path]]) -> str:
+    """Where the run was when it was killed, by what it has changed of `before`."""
+    records, _, partial = state(run)
+    if partial - before[2]:
         return "writing a checkpoint"
-    if last_step(run) == before:
+    if records == before[0] or last_step(run) <= before[1]:
         return "starting"
     if last_step(run) == PHASE_ENDS:
         return "between the phases"
