@@ -86,9 +86,12 @@ def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -
 
 
 @pipeline_def(enable_conditionals=True, prefetch_queue_depth=PREFETCH)
-def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> DataNode:
+def graph(
+    source: Callable, names: tuple[str, ...], spec: Spec, policy: str, normalise_first: bool = False
+) -> DataNode:
     """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
 
+    `normalise_first`: before resizing instead of after it, for which there may be no policy.
     Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
     """
     forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
@@ -111,12 +114,22 @@ def graph(source: Callable, names: tuple[str, ...], spec: Spec, policy: str) -> 
         images = fn.decoders.image(images, adjust_orientation=False)
     if spec.device.type == "cuda" and spec.decode != "gpu":
         images = images.gpu()
-    size = [spec.image_size, spec.image_size]
-    images = fn.resize(images, size=size, roi_start=inputs["start"], roi_end=inputs["end"])
+    placed = {
+        "size": [spec.image_size, spec.image_size],
+        "roi_start": inputs["start"],
+        "roi_end": inputs["end"],
+        "mirror": inputs.get("mirror", 0),
+    }
+    if normalise_first:
+        return fn.resize_crop_mirror(_normalised(images, spec), **placed)
+    images = fn.resize_crop_mirror(images, **placed)
     images = apply_policy(images, inputs, policy, spec.image_size)
+    return _normalised(images, spec)
+
+
+def _normalised(images: DataNode, spec: Spec) -> DataNode:
     return fn.crop_mirror_normalize(
         images,
-        mirror=inputs.get("mirror", 0),
         mean=list(MEAN),
         std=list(STD),
         dtype=DALIDataType.FLOAT16 if spec.dtype == torch.float16 else DALIDataType.FLOAT,
@@ -149,11 +162,16 @@ class _Stream:
             self._feed = _Feed(RawImages(split, spec.threads), "HWC")
         else:
             self._feed = _Feed(split.jpeg, "")
+        # On the CPU normalising costs as much as resizing, and stored images tend to be smaller. Resizing then rounds
+        # to no grey levels. On a GPU normalising to half precision is the cheaper end.
+        small = split.sizes.prod(axis=1).mean() <= spec.image_size**2
+        plain = policy == "none" and "erase_start" not in names
         self._pipe: Pipeline | None = graph(
             self._feed,
             names,
             spec,
             policy,
+            bool(spec.device.type == "cpu" and small and plain),
             batch_size=largest,
             num_threads=spec.threads,
             device_id=_device_id(spec.device),
