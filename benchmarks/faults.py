@@ -28,7 +28,7 @@ from benchmarks.harness import write_result
 from fastnet.checkpoint import load
 from fastnet.data import open_set
 from tests.hosts import SCRIPT
-from tests.runs import assert_same_end, wait_for_step
+from tests.runs import assert_same_end, children, wait_for_step
 
 INTERVAL, HEAD_EPOCHS, EPOCHS, STEPS_PER_EPOCH = 5, 2, 3, 37
 FLAGS = (
@@ -62,11 +62,11 @@ def main() -> None:
             "checkpoint_every_steps": INTERVAL,
             "kills": kills,
             "preparing": prepared,
-            "one rank": kill_training(1, kills - killed_preparing - on_two, data, place, whole[1], draw),
-            "two ranks": kill_training(2, on_two, data, place, whole[2], draw),
             "disk full": disk_full(data, place / "small", whole[1]),
             "data removed": data_removed(data, place / "without-data", whole[1]),
             "rank frozen": rank_frozen(data, place / "frozen", whole[2]),
+            "one rank": kill_training(1, kills - killed_preparing - on_two, data, place, whole[1], draw),
+            "two ranks": kill_training(2, on_two, data, place, whole[2], draw),
         }
     print(write_result("faults", facts).read_text())
 
@@ -99,11 +99,6 @@ def started(line: list[str]) -> Iterator[subprocess.Popen]:
             for group in [*children(p.pid), p.pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(group, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in listed.stdout.split()]
 
 
 def kill_preparing(kills: int, data: Path, draw: random.Random) -> dict[str, Any]:

@@ -6,4 +6,6 @@ ranks=${FASTNET_RANKS:-$(python -c "import torch; print(max(1, torch.cuda.device
 if [[ $ranks == 1 ]]; then
     exec python -m fastnet.train "$@"
 fi
-exec torchrun --standalone --nproc-per-node="$ranks" --max-restarts=3 --shutdown-timeout=120 -m -- fastnet.train "$@"
+# The address of its own: a container's name need not be one that the container can look up.
+exec torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node="$ranks" --max-restarts=3 --shutdown-timeout=120 \
+    -m -- fastnet.train "$@"

@@ -106,12 +106,16 @@ def joined(timeout: float) -> Iterator[Runtime]:
         except BaseException as error:
             leave.pop_all()
             if runtime.world_size > 1 and _is_of_the_group(error):
-                reason = " ".join(str(error).split())
-                raise LostError(
-                    f"rank {runtime.rank}: another rank is gone or did not answer within --timeout {timeout:g} s; "
-                    f"start again to continue from the last checkpoint ({reason:.200})"
-                ) from error
+                raise _lost(runtime, timeout, error) from error
             raise
+
+
+def _lost(runtime: Runtime, timeout: float, error: BaseException) -> LostError:
+    reason = " ".join(str(error).split())
+    return LostError(
+        f"rank {runtime.rank}: another rank is gone or did not answer within --timeout {timeout:g} s; "
+        f"start again to continue from the last checkpoint ({reason:.200})"
+    )
 
 
 def _is_of_the_group(error: BaseException) -> bool:
@@ -123,7 +127,7 @@ def _is_of_the_group(error: BaseException) -> bool:
 
 def _join(timeout: float) -> Runtime:
     """Joins the process group: NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
-    Raises InputError for a port in use or more ranks than GPUs.
+    Raises InputError for a port in use or more ranks than GPUs, LostError where the ranks meet but do not connect.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -141,20 +145,40 @@ def _join(timeout: float) -> Runtime:
         device = torch.device("cpu")
     runtime = Runtime(device, rank, world_size)
     if world_size > 1:
+        patience = timedelta(seconds=timeout)
         try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(_attempt(), store),
+                rank=rank,
+                world_size=world_size,
                 device_id=device if device.type == "cuda" else None,
-                timeout=timedelta(seconds=timeout),
+                timeout=patience,
             )
-            runtime.control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            runtime.control = dist.new_group(backend="gloo", timeout=patience)
         except dist.DistError as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = str(error).splitlines()[0]
             if "EADDRINUSE" in str(error) or "already in use" in str(error):
                 reason = "the port is in use; choose another by --master_port"
             raise InputError(f"{address}: ranks cannot meet: {reason}") from error
+        except RuntimeError as error:
+            if _is_of_the_group(error):
+                raise _lost(runtime, timeout, error) from error
+            raise
     return runtime
+
+
+def _attempt() -> str:
+    """What keeps the keys of this start apart from those of the starts before it.
+
+    torchrun 2.14 keeps its store when it restarts the ranks of one host, and gloo then finds the addresses of dead
+    ranks in it. Agents of several hosts count restarts each for itself; there torchrun has to be told to take a new
+    store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    return "start 0" if several_hosts else f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def solo() -> Runtime:

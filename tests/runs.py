@@ -61,3 +61,9 @@ def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
             return
         except subprocess.TimeoutExpired:
             pass
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started, oldest first: torchrun's ranks."""
+    listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in listed.stdout.split()]

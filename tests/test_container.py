@@ -75,7 +75,7 @@ def test_constraints_pin_every_dependency() -> None:
     ("ranks", "line"),
     [
         ("1", "python -m fastnet.train paper --run a b"),
-        ("2", "torchrun --standalone --nproc-per-node=2 --max-restarts=3 --shutdown-timeout=120"),
+        ("2", "torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 --max-restarts=3"),
         (None, "python -m fastnet.train paper --run a b"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from fastnet import checkpoint
 from fastnet.checkpoint import Claim, Schedule, Writer, load
 from fastnet.cli import InputError
 from fastnet.config import Config, sample
-from runs import events, wait_for_step
+from runs import children, events, wait_for_step
 
 JOB = "TORCHELASTIC_RUN_ID"
 
@@ -72,6 +73,26 @@ def test_a_lost_rank_ends_the_other_in_time(
         assert done.returncode == 0, done.stderr
         assert load(run / "last.pt")["position"]["step"] == STEPS
         assert [epoch["train_count"] for epoch in events(run, "epoch")] == [40] * 4
+
+
+def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: Path) -> None:
+    """Twice: torchrun keeps its store, and the new ranks must not take the addresses of dead ones from it."""
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    flags = [*TINY, "--data", str(tiny_set), "--run", str(run), "--checkpoint-every", "3", "--timeout", "20"]
+    with subprocess.Popen(
+        [*torchrun, "--max-restarts=2", "--", str(SCRIPT), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for step in (STEPS // 3, 2 * STEPS // 3):
+            wait_for_step(process, run, step)
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+        _, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert [event["step"] for event in events(run, "step")] == list(range(2, STEPS + 1, 2))
+    assert len(json.loads((run / "manifest.json").read_text())["sessions"]) == 3
 
 
 @pytest.mark.parametrize(("hosts", "code"), [(1, 0), (2, 1)])
