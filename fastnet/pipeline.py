@@ -163,7 +163,7 @@ class _Stream:
             self._feed = _Feed(RawImages(split, spec.threads), "HWC")
         else:
             self._feed = _Feed(split.jpeg, "")
-        # On the CPU the order that normalises fewer pixels is up to 1.5 times as fast (and where that comes first,
+        # On the CPU the order that normalises fewer pixels is the faster one (and where that comes first,
         # resizing rounds to no grey levels). On a GPU normalising to half precision is the cheaper end.
         small = split.sizes.prod(axis=1).mean() < spec.image_size**2
         plain = policy == "none" and "erase_start" not in names
