@@ -45,7 +45,7 @@ class RawImages:
             same = file.read(HEADER) == header and file.seek(0, os.SEEK_END) == self.starts[-1]
         if not same:
             raise InputError(f"{path}: decoded from another version of {split.path.name}; remove it")
-        self.mapped = np.memmap(path, np.uint8, "r")
+        self.mapped = np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are quicker to make
 
     def __call__(self, i: int) -> np.ndarray:
         """Image `i`: uint8 [h, w, 3], a view of the mapped file."""
