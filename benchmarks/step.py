@@ -311,7 +311,7 @@ def main(argv: Sequence[str]) -> None:
             case = {"network": network, "phase": phase, "image_size": size, "batch": batch}
             case |= {"threads": args.threads, "device": runtime.device.type}
             source = Source(data.splits["train"], Path(folder), batch)
-            measure(table, data, source, case, runtime, seconds=2 if args.quick else 12)
+            measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
     frozen_over_full(table)
     scaling(table, data, quick=args.quick, threads=args.threads)
     harness.mark_ratios(table.rows, LIMIT, KEYS)
