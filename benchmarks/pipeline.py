@@ -298,7 +298,7 @@ def main(argv: Sequence[str]) -> None:
         for size in (64, 224):
             for threads in sorted(n for n in counts if n <= args.threads):
                 seconds = 4 if args.quick else 30
-                batches = 4 if args.quick else max(8, 2 * threads)
+                batches = 4 if args.quick else max(32, 2 * threads)
                 measure(table, source, size, threads, device, seconds=seconds, batches=batches)
     harness.mark_ratios(table.rows, BASELINE, KEYS)
     table.write()
