@@ -1,4 +1,4 @@
-"""Counts what runs survive: python -m benchmarks.faults [--kills 100]  (about 25 minutes on two cores)
+"""Counts what runs survive: python -m benchmarks.faults [--kills 100]  (about 15 minutes on two cores)
 
 Kills preparing and training (SIGKILL to the whole process group) at random moments, drawn so that many fall inside
 checkpoint writes, start-up and the change of phases, and gives the same command again, until a run is through: it
