@@ -159,6 +159,7 @@ def draw_step(rows: list[Row]) -> Figure:
         grouped_bars(left, groups, series, names)
         left.set_ylabel("images/s")
         left.set_title(f"{size} px, batch {own[0]['batch']}", fontsize=9)
+        left.margins(y=0.45)  # room for the legend above the bars
         left.legend(frameon=False, fontsize=6)
         stacked_shares(right, groups, [r for r in rows if r["image_size"] == size], label)
     return finish(figure, rows, "A training step: pace, and where its time goes")
