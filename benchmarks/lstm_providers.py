@@ -12,8 +12,9 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from fastnet_kernels import ChannelGroupLSTM, Stage, Weights, naive
 from torch import Tensor, nn
+
+from fastnet_kernels import ChannelGroupLSTM, Stage, Weights, naive
 
 STREAMS = 4
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastnet_kernels import ChannelGroupLSTM, Stage, fused, launch, plan
 
 from benchmarks import harness
+from fastnet_kernels import ChannelGroupLSTM, Stage, fused, launch, plan
 
 sys.path.append(
     str(Path(__file__).resolve().parent.parent / "tests")
@@ -61,6 +61,7 @@ RESOURCES = ("tensor", "issue", "shared", "l2", "dram")
 def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
     """What forward and backward of one group and 16 images do, by kernel."""
     import pytest
+
     from kernel_helpers import execute_ptx
 
     batch = plan.BATCH_TILE

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import torchvision
-from fastnet_kernels import ChannelGroupLSTM, op
 from torch import Tensor, nn
 
 from fastnet.cli import InputError
 from fastnet.config import Config, stage_channels
 from fastnet.profiling import span
+from fastnet_kernels import ChannelGroupLSTM, op
 
 LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
 

@@ -45,7 +45,8 @@ class RawImages:
             same = file.read(HEADER) == header and file.seek(0, os.SEEK_END) == self.starts[-1]
         if not same:
             raise InputError(f"{path}: decoded from another version of {split.path.name}; remove it")
-        self.mapped = np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a plain array are quicker to make
+        # Slices of a plain array are quicker to make than np.memmap's.
+        self.mapped = np.asarray(np.memmap(path, np.uint8, "r"))
 
     def __call__(self, i: int) -> np.ndarray:
         """Image `i`: uint8 [h, w, 3], a view of the mapped file."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from official import jpeg, official_files, write_folder
 
 from fastnet.prepare import main as prepare_main
+from official import jpeg, official_files, write_folder
 
 
 @pytest.fixture(scope="session")

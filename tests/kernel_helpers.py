@@ -13,15 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import fastnet_kernels
 import pytest
 import torch
 import triton
-from fastnet_kernels import ChannelGroupLSTM, Stage, launch, op
-from ptxrun import Stats, run_triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import fastnet_kernels
+from fastnet_kernels import ChannelGroupLSTM, Stage, launch, op
+from ptxrun import Stats, run_triton
 
 
 @cache

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import jpeg, official_files, write_folder
 
 from fastnet import ensemble, evaluate, predict, train
 from fastnet.cli import InputError
 from fastnet.data import open_set
 from fastnet.evaluate import measure
 from fastnet.prepare import main as prepare_main
+from official import jpeg, official_files, write_folder
 
 
 @pytest.fixture(scope="module")

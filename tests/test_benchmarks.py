@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastnet_kernels import Stage
-from kernel_helpers import execute_ptx
 from torch import nn
 
 from benchmarks import harness, lstm, lstm_providers, model, pipeline, plot, step
@@ -23,6 +21,8 @@ from fastnet.config import paper
 from fastnet.data import open_set
 from fastnet.pipeline import Batch
 from fastnet.runtime import Runtime
+from fastnet_kernels import Stage
+from kernel_helpers import execute_ptx
 
 CPU = torch.device("cpu")
 TINY = [(2, 3, 16), (3, 3, 4)]

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import SCRIPT, STEPS, TINY, run_ranks
 
 from fastnet import checkpoint
 from fastnet.checkpoint import Claim, Schedule, Writer, load
 from fastnet.cli import InputError
 from fastnet.config import Config, sample
 from runs import children, events, wait_for_step
+from test_train import SCRIPT, STEPS, TINY, run_ranks
 
 JOB = "TORCHELASTIC_RUN_ID"
 

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, ip
-from test_train import STEPS, TINY
 
+from hosts import Hosts, ip
 from runs import events, wait_for_step
+from test_train import STEPS, TINY
 
 
 @pytest.fixture

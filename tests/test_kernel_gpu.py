@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastnet_kernels import ChannelGroupLSTM, launch
 from kernel_helpers import failures, feature_maps
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.gpu,

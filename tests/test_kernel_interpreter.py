@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from kernel_helpers import failures, interpreted
 
 pytestmark = [

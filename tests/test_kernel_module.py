@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
 from fastnet_kernels import ChannelGroupLSTM, naive, op
 from kernel_helpers import feature_maps, run_lstms
-from torch import nn
 
 STAGES = [(2, 5, 6), (3, 4, 9)]
 

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import fastnet_kernels
 import pytest
 import torch
+
+import fastnet_kernels
 from fastnet_kernels import ChannelGroupLSTM, naive
 from kernel_helpers import execute_ptx, failures, feature_maps, interpreted
 from ptxrun import MemoryFault

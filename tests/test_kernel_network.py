@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_helpers import triton_on_cpu as triton_on_cpu
 from torch import Tensor
 
 from fastnet.config import Config
 from fastnet.model import Network
+from kernel_helpers import triton_on_cpu as triton_on_cpu
 
 
 def two_steps(backend: str) -> tuple[list[float], list[Tensor]]:

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
 from fastnet_kernels import ChannelGroupLSTM, Stage, channel_group_lstm, op
 from fastnet_kernels.plan import padded_batch, plan, sizes
 from kernel_helpers import feature_maps
 from kernel_helpers import triton_on_cpu as triton_on_cpu
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 STAGES = [(1, 2, 4), (2, 3, 9)]
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))

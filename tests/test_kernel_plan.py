@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastnet_kernels import Stage, Weights, tune
 from fastnet_kernels.plan import BLOCKED, LAUNCH, RESIDENT, Plan, pack, pack_columns, plan, unpack
 

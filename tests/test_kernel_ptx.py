@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastnet_kernels import ChannelGroupLSTM, launch
 from kernel_helpers import execute_ptx, failures, feature_maps
 from ptxrun import Stats

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastnet_kernels import Stage, fused, gemm, launch
-from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
-from kernel_helpers import Resources, cross_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from fastnet_kernels import Stage, fused, gemm, launch
+from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
+from kernel_helpers import Resources, cross_compile
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))
