@@ -3,7 +3,7 @@
 Slurm's own daemons, as Debian builds them, run as two nodes under two names; each has its own directory mounted as
 its local disk. The script submits one small CPU run (a rank per node) several times: left alone; with a time limit
 that is too short; preempted by a partition of higher priority, with and without a grace period; cancelled and
-submitted again. All have to end with the weights and the epochs of the run that was left alone. It takes about five
+submitted again. All have to end with the weights and the epochs of the run that was left alone. It takes about six
 minutes, stops all that it started, and keeps what it saw as slurm.json of this machine.
 
 As root: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
