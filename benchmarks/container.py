@@ -1,8 +1,8 @@
 """Builds the cpu target of docker/Dockerfile and runs it, without a Docker engine: python -m benchmarks.container
 
 buildah builds with chroot isolation, on a minimal Debian made by debootstrap; then `make demo`'s job and the entry
-point run in the image as its own user, and the results are compared with demo.json, made outside of it. About a
-quarter of an hour on two cores. Writes container.json. Arguments are handed to `buildah build`, such as
+point run in the image as its own user, and the results are compared with demo.json, made outside of it. About ten
+minutes on two cores. Writes container.json. Arguments are handed to `buildah build`, such as
 --build-arg TORCH_INDEX= for the CUDA build of torch, --volume /etc/apt:/etc/apt:ro for this machine's package sources.
 
 As root: apt-get install --no-install-recommends buildah debootstrap
@@ -60,7 +60,7 @@ def main() -> None:
             "size_mb": {
                 "base": megabytes(BASE),
                 "image": megabytes(IMAGE),
-                "virtual environment": int(output(*run, "du", "-sm", "/opt/venv").split()[0]),
+                "virtual environment": int(output(*run, "du", "-s", "--block-size=1000000", "/opt/venv").split()[0]),
             },
             "user": output(*run, "id", "--user"),
             "may_write_code": succeeds(*run, "touch", "/fastnet/fastnet/new"),
@@ -83,7 +83,7 @@ def succeeds(*command: str) -> bool:
 
 
 def make_base() -> None:
-    """A minimal Debian as an image, with the certificates that this machine's owner has added."""
+    """A minimal Debian as an image, with this machine's own certificates."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["debootstrap", "--variant=minbase", SUITE, folder], check=True)
         if (Path("/") / CERTIFICATES).is_dir():

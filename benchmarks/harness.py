@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -102,6 +103,11 @@ class Table:
     def __init__(self, name: str, *, quick: bool) -> None:
         self.name, self.quick = name, quick
         self.rows: list[dict[str, Any]] = []
+        try:
+            self.path = results_dir(QUICK if quick else RESULTS) / f"{name}.csv"
+        except OSError as error:
+            print(f"{error.filename}: {error.strerror}; make it writable, or use --quick", file=sys.stderr)
+            sys.exit(2)
 
     def add(
         self,
@@ -132,10 +138,9 @@ class Table:
 
     def write(self) -> Path:
         """Replaces NAME.csv of this machine."""
-        path = results_dir(QUICK if self.quick else RESULTS) / f"{self.name}.csv"
-        write_csv(path, self.rows)
-        print(path)
-        return path
+        write_csv(self.path, self.rows)
+        print(self.path)
+        return self.path
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

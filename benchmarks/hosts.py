@@ -1,4 +1,4 @@
-"""Proves that a run outlives its hosts: python -m benchmarks.hosts (root, iproute2; about 15 minutes on two cores)
+"""Proves that a run outlives its hosts: python -m benchmarks.hosts (root, iproute2; about 10 minutes on two cores)
 
 Two and three hosts in network namespaces on this machine (tests/hosts.py): real TCP, gloo, one rank and torchrun
 each. A fault hits a host in mid-epoch: it is killed, frozen, told to stop (SIGTERM), or its cable is pulled. Each

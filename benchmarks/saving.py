@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ STEPS, SECONDS = 8, 100
 
 
 def main() -> None:
-    config = replace(sample("lstm"), backend="auto")
+    config = sample("lstm")
     runtime = solo()
     size = config.image_size
     images = torch.randn(config.batch_size, 3, size, size, device=runtime.device)
