@@ -71,7 +71,8 @@ def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> N
                     file.write(image.data)
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}; it takes {size / 1e6:.0f} MB: make room, or the set writable, or use --decode cpu"
+            f"{path}: {error.strerror}; it takes {size / 1e6:.0f} MB: make room, or the set writable, "
+            "or use --decode cpu"
         ) from None
 
 
