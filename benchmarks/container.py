@@ -60,7 +60,9 @@ def main() -> None:
             "size_mb": {
                 "base": megabytes(BASE),
                 "image": megabytes(IMAGE),
-                "virtual environment": int(output(*run, "du", "-s", "--block-size=1000000", "/opt/venv").split()[0]),
+                "virtual environment": int(
+                    output(*run, "du", "-s", "--block-size=1000000", "/opt/venv").split()[0]
+                ),
             },
             "user": output(*run, "id", "--user"),
             "may_write_code": succeeds(*run, "touch", "/fastnet/fastnet/new"),
