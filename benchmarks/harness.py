@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastnet.cli import InputError
 from fastnet.record import surroundings
 
 ROOT = Path(__file__).resolve().parent
@@ -45,11 +45,14 @@ def parser(module: str, about: str | None) -> argparse.ArgumentParser:
 
 
 def results_dir(root: Path = RESULTS) -> Path:
-    """The directory of this machine's results: processor or GPU, and cores."""
+    """The directory of this machine's results: processor or GPU, and cores. Raises InputError if it cannot be made."""
     name = f"{surroundings()['machine']} {len(os.sched_getaffinity(0))} cores"
     plain = re.sub(r"\(\w+\)", "", name).lower()
     path = root / re.sub("[^a-z0-9]+", "-", plain).strip("-")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be made ({error.strerror}); make its folder writable") from error
     return path
 
 
@@ -103,11 +106,7 @@ class Table:
     def __init__(self, name: str, *, quick: bool) -> None:
         self.name, self.quick = name, quick
         self.rows: list[dict[str, Any]] = []
-        try:
-            self.path = results_dir(QUICK if quick else RESULTS) / f"{name}.csv"
-        except OSError as error:
-            print(f"{error.filename}: {error.strerror}; make it writable, or use --quick", file=sys.stderr)
-            sys.exit(2)
+        self.path = results_dir(QUICK if quick else RESULTS) / f"{name}.csv"
 
     def add(
         self,

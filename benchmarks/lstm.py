@@ -11,7 +11,6 @@ that is wrong is listed without times.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from benchmarks import harness, model
 from benchmarks.harness import Laps, Table
 from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers, recurrent_providers
+from fastnet.cli import run as run_command
 from fastnet.config import Config
 
 KEYS = ("stages", "image_size", "seq_len", "batch", "dtype", "part", "l2", "threads", "quantity")
@@ -202,4 +202,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -10,7 +10,6 @@ measurement a provider first gives the batches that it had prepared meanwhile, s
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from torchvision.transforms import v2
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from fastnet.augment import MEAN, STD
+from fastnet.cli import run as run_command
 from fastnet.config import Augment
 from fastnet.data import Split, default_set
 from fastnet.pipeline import PREFETCH, Spec, TrainStream
@@ -305,4 +305,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

@@ -36,8 +36,8 @@ from tests.official import jpeg, official_files, write_folder
 
 SCRIPT = Path(__file__).resolve().parents[1] / "docker" / "slurm.sbatch"
 NODES = ("n1", "n2")
-TRAIN = "sample --network baseline --image-size 32 --batch-size 16 --epochs 12 --threads 1"
 STEPS_PER_EPOCH, EPOCHS = 24, 12
+TRAIN = f"sample --network baseline --image-size 32 --batch-size 16 --epochs {EPOCHS} --threads 1"
 REQUEUE_DELAY = 10  # Slurm waits for credentials to expire, by default 120 s, before it starts a job again
 PATIENCE = 300
 
@@ -188,7 +188,7 @@ def main() -> None:
         for name, run in runs.items()
         if not all(run["same_as_uninterrupted"].values())
         or run["steps_lost"]
-        or len(run["stopped_after"]) != (name != "uninterrupted")
+        or len(run["stopped_after"]) != (0 if name == "uninterrupted" else 1)
     ]
     if problems or any(count != 1 for count in staging["copied"].values()):
         sys.exit(f"not as it should be: {problems or staging}")

@@ -34,6 +34,7 @@ from benchmarks.harness import Laps, Table
 from benchmarks.pipeline import Source, loader, pil_dataset
 from fastnet import engine, phases
 from fastnet.checkpoint import Position
+from fastnet.cli import run as run_command
 from fastnet.config import Config, paper
 from fastnet.data import PreparedSet, default_set
 from fastnet.model import LAYERS, Network
@@ -319,4 +320,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

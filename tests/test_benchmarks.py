@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks import harness, lstm, lstm_providers, model, pipeline, plot, step
 from benchmarks.lstm_providers import Problem, Provider
+from fastnet.cli import InputError
 from fastnet.config import paper
 from fastnet.data import open_set
 from fastnet.pipeline import Batch
@@ -50,6 +51,15 @@ def test_laps_add_up() -> None:
     for name, moment in (("one", 0.25), ("two", 1.0)):
         laps.marks.append((name, laps.marks[0][1] + moment))
     assert laps.milliseconds() == pytest.approx({"one": 250, "two": 750, "total": 1000})
+
+
+def test_a_results_folder_that_cannot_be_made_is_said_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "QUICK", tmp_path / "file")
+    harness.QUICK.touch()
+    with pytest.raises(InputError, match=r"file/.*cannot be made"):
+        harness.Table("lstm", quick=True)
 
 
 def test_rows_say_what_they_belong_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
