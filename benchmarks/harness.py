@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastnet.cli import InputError
-from fastnet.record import surroundings
+from fastnet.errors import InputError
+from fastnet.provenance import surroundings
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

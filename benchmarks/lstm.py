@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import harness, model
 from benchmarks.harness import Laps, Table
 from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers, recurrent_providers
-from fastnet.cli import run as run_command
+from fastnet.cli import run_command
 from fastnet.config import Config
 
 KEYS = ("stages", "image_size", "seq_len", "batch", "dtype", "part", "l2", "threads", "quantity")

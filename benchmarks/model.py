@@ -62,7 +62,7 @@ def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
     """What forward and backward of one group and 16 images do, by kernel."""
     import pytest
 
-    from kernel_helpers import execute_ptx
+    from tests.support.kernels import execute_ptx
 
     batch = plan.BATCH_TILE
     module = ChannelGroupLSTM([(1, steps, hidden)])
@@ -155,7 +155,7 @@ def bound(
 
 def static(arch: int) -> dict[str, dict[str, int]]:
     """Registers a thread, bytes of shared memory and instructions in the code of the recurrent kernels."""
-    from kernel_helpers import cross_compile
+    from tests.support.kernels import cross_compile
 
     plans = plan.plan(tuple(STAGES.values()), DTYPE, arch, save=True)
     kinds = dict.fromkeys(("gates", "h", "w", "out", "dout", "dgates"), DTYPE) | dict.fromkeys(

@@ -29,11 +29,13 @@ from torchvision.transforms import v2
 
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
-from fastnet.augment import MEAN, STD
-from fastnet.cli import run as run_command
+from fastnet.cli import run_command
 from fastnet.config import Augment
-from fastnet.data import Split, default_set
-from fastnet.pipeline import PREFETCH, Spec, TrainStream
+from fastnet.data.default import default_set
+from fastnet.data.prepared import Split
+from fastnet.input.draws import MEAN, STD
+from fastnet.input.graph import PREFETCH, InputSpec
+from fastnet.input.streams import TrainStream
 
 BASELINE = "DataLoader, PIL"
 KEYS = ("image_size", "batch", "threads", "device", "quantity")
@@ -56,7 +58,7 @@ class Source:
 @contextlib.contextmanager
 def fastnet(source: Source, size: int, threads: int, device: torch.device, *, decode: str) -> Opened:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    spec = Spec(size, device, dtype, decode, threads)
+    spec = InputSpec(size, device, dtype, decode, threads)
     stream = TrainStream(source.split, spec, Augment(), batch_size=source.batch, seed=0)
     yield lambda: next(stream)
     stream.close()

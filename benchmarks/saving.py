@@ -18,11 +18,11 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Laps, write_result
 from benchmarks.step import Resident, make_job
-from fastnet import engine
-from fastnet.checkpoint import Writer
 from fastnet.config import Config, sample
-from fastnet.pipeline import Batch
-from fastnet.runtime import solo
+from fastnet.distributed.ranks import solo
+from fastnet.input.streams import Batch
+from fastnet.training import trainer as engine
+from fastnet.training.checkpoint import Writer
 
 STEPS, SECONDS = 8, 100
 

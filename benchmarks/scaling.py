@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, about, write_csv
 from fastnet.config import paper
-from fastnet.model import Network
+from fastnet.network.network import Network
 
 GPUS_PER_NODE, TRAIN_IMAGES = 8, 100_000
 BACKWARD = 2 / 3  # of a step: backward has twice the forward's multiplications

@@ -32,14 +32,17 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.pipeline import Source, loader, pil_dataset
-from fastnet import engine, phases
-from fastnet.checkpoint import Position
-from fastnet.cli import run as run_command
+from fastnet.cli import run_command
 from fastnet.config import Config, paper
-from fastnet.data import PreparedSet, default_set
-from fastnet.model import LAYERS, Network
-from fastnet.pipeline import PREFETCH, Batch, Spec, TrainStream, resolve_decode
-from fastnet.runtime import Runtime, solo
+from fastnet.data.default import default_set
+from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.ranks import Runtime, solo
+from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
+from fastnet.input.streams import Batch, TrainStream
+from fastnet.network.network import LAYERS, Network
+from fastnet.training import phases
+from fastnet.training import trainer as engine
+from fastnet.training.state import TrainState
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
 KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
@@ -107,7 +110,7 @@ def make_job(config: Config, phase: str, classes: int, stream: Any, runtime: Run
     torch.manual_seed(0)
     network = Network(config, classes).to(runtime.device)
     chosen = next(p for p in phases.plan(config) if p.name == phase)
-    job = engine.begin_phase(config, chosen, network, stream, runtime, Position())
+    job = engine.begin_phase(config, chosen, network, stream, runtime, TrainState())
     job.clock.start(runtime.device)
     return job
 
@@ -152,7 +155,9 @@ def measure(
     config = replace(
         paper(case["network"]), image_size=size, batch_size=batch, weights="none", head_epochs=1, plateau=0
     )
-    spec = Spec(size, runtime.device, runtime.image_dtype, resolve_decode("auto", runtime.device), threads)
+    spec = InputSpec(
+        size, runtime.device, runtime.image_dtype, resolve_decode("auto", runtime.device), threads
+    )
     classes = len(data.classes)
     steps = 2
     with contextlib.ExitStack() as stack:
@@ -277,7 +282,7 @@ def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps:
             "--head-epochs",
             "0",
         ]
-        command += ["--data", str(data.path), "--run", str(run), "--image-size", str(size)]
+        command += ["--data", str(data.path), "--run-dir", str(run), "--image-size", str(size)]
         command += ["--batch-size", str(share * ranks), "--max-steps", str(steps)]
         command += [] if torch.cuda.is_available() else ["--threads", "1"]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -14,13 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-
-class InputError(Exception):
-    """Bad input. The message is one line that names what is wrong and what to do."""
-
-
-class LostError(Exception):
-    """Other ranks are gone, or ask this one to start anew. The message is one line; every rank says its own."""
+from fastnet.errors import InputError, LostError
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -50,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def run(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
+def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     """Runs `main(argv)` as a command and exits with the project's codes.
 
     `main` returns the command's result; with --json it is printed as the last line. An `InputError`

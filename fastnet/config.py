@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
-from fastnet.cli import InputError, Parser
+from fastnet.cli import Parser
+from fastnet.errors import InputError
 
 STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
 

@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastnet.cli import InputError, Parser
-from fastnet.cli import run as run_command
-from fastnet.data import SPLITS, default_set
-from fastnet.evaluate import Measures, add_flags, check_classes, labelled_split, load_runs, measure, scores_of
-from fastnet.files import replaced
-from fastnet.runtime import solo
+from fastnet.cli import Parser, run_command
+from fastnet.data.default import default_set
+from fastnet.data.prepared import SPLITS
+from fastnet.distributed.ranks import solo
+from fastnet.errors import InputError
+from fastnet.evaluate import add_flags
+from fastnet.files import atomic_write
+from fastnet.inference.runs import check_classes, load_runs
+from fastnet.inference.scores import Measures, labelled_split, measure, scores_of
 
 
 def table(rows: dict[str, Measures]) -> str:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     files = []
     if args.out:
         path = args.out / "scores.npz"
-        with replaced(path) as beside, beside.open("wb") as file:
+        with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez(
                 file,
                 names=np.array(split.names),

@@ -17,9 +17,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastnet.cli import InputError, Parser
-from fastnet.cli import run as run_command
-from fastnet.files import replaced, short_names
+from fastnet.cli import Parser, run_command
+from fastnet.errors import InputError
+from fastnet.files import atomic_write, short_names
 
 STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": "0.45", "linestyle": "-", "linewidth": 1.2},
@@ -143,7 +143,7 @@ def save(figure: Figure, out: Path) -> list[Path]:
     files = [out / "training.png", out / "training.svg"]
     with rc_context({"svg.hashsalt": "fastnet", "svg.fonttype": "none"}):
         for path in files:
-            with replaced(path) as beside:
+            with atomic_write(path) as beside:
                 metadata: dict[str, str | None] = {"Title": "Loss and accuracy of training and validation"}
                 if path.suffix == ".svg":
                     metadata["Date"] = None

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastnet.cli import InputError
+from fastnet.errors import InputError
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on leaving without an error it takes the place of `path`.
 
     Makes the directories above. Raises InputError where the place cannot be written; a full disk stays an

@@ -19,11 +19,12 @@ from typing import Any, NoReturn
 import torch
 
 from fastnet import ensemble, figures, predict
-from fastnet.cli import InputError, Parser
-from fastnet.cli import run as run_command
+from fastnet.cli import Parser, run_command
 from fastnet.config import PRESETS, add_flags, as_argv, from_flags
-from fastnet.data import PreparedSet, default_set
-from fastnet.files import replaced
+from fastnet.data.default import default_set
+from fastnet.data.prepared import PreparedSet
+from fastnet.errors import InputError
+from fastnet.files import atomic_write
 
 # Errors of "Exploring Methods on Tiny ImageNet Problem": test, and validation where the paper gives it.
 PAPER = {"baseline": (0.338, None), "lstm": (0.386, 0.3341), "average": (0.329, None)}
@@ -58,7 +59,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         elif from_flags(PRESETS[preset](network), flags).weights == "none" and "weights" not in flags:
             # Without ImageNet weights, the frozen phase reads the convolutions that the baseline has learned.
             flags = {**flags, "weights": str(runs["baseline"] / "best.pt")}
-        line = [preset, "--data", str(data.path), "--network", network, "--run", str(run), *as_argv(flags)]
+        line = [
+            preset,
+            "--data",
+            str(data.path),
+            "--network",
+            network,
+            "--run-dir",
+            str(run),
+            *as_argv(flags),
+        ]
         print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
         if not train(line):
             print(f"{run}: stopped; the same command continues")
@@ -83,7 +93,7 @@ def train(flags: list[str]) -> bool:
     """
     script = str(Path(__file__).with_name("train.py"))
     gpus = torch.cuda.device_count()
-    # Behind --, torchrun does not take the script's --run for its own --run-path.
+    # Behind --, torchrun does not take the script's --run-dir for its own --run-path.
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--"]
     command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags]
     process: subprocess.Popen | None = None
@@ -129,9 +139,9 @@ def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[
     ]
     print("\n".join(lines))
     table, numbers = out / "results.md", out / "results.json"
-    with replaced(table) as beside:
+    with atomic_write(table) as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with replaced(numbers) as beside:
+    with atomic_write(numbers) as beside:
         kept = {name: {key: rows[name][key] for key in ("top1", "top5", "loss", "count")} for name in rows}
         beside.write_text(
             json.dumps({"data": data.name, "hash": data.hash, **kept}, indent=1) + "\n", encoding="utf-8"

@@ -14,15 +14,18 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from fastnet.checkpoint import Run
-from fastnet.cli import InputError, Parser
-from fastnet.cli import run as run_command
-from fastnet.data import Split, default_set
-from fastnet.evaluate import add_flags, check_classes, load_runs, scores_of
-from fastnet.files import replaced
-from fastnet.prepare import image_size
-from fastnet.runtime import solo
-from fastnet.sources import Entry, folder_files, natural
+from fastnet.cli import Parser, run_command
+from fastnet.data.default import default_set
+from fastnet.data.entries import Entry, natural
+from fastnet.data.image import image_size
+from fastnet.data.prepared import Split
+from fastnet.data.sources import folder_files
+from fastnet.distributed.ranks import solo
+from fastnet.errors import InputError
+from fastnet.evaluate import add_flags
+from fastnet.files import atomic_write
+from fastnet.inference.runs import Run, check_classes, load_runs
+from fastnet.inference.scores import scores_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -124,13 +127,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         rows = best_five(split.names, scores, first)
         print(text_table(rows))
         if args.out:
-            with replaced(args.out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            with atomic_write(args.out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(("image", "rank", "class", "name", "probability"))
                 writer.writerows((*row[:-1], f"{row[-1]:.6f}") for row in rows)
     else:
         lines = server_lines(split.names, scores, first.classes)
-        with replaced(args.out) as beside:
+        with atomic_write(args.out) as beside:
             beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         print(f"{args.out}: {len(lines)} lines in natural order of the names: {lines[0]} to {lines[-1]}")
     return {"count": len(split), "files": [str(args.out)] if args.out else []}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastnet.files import replaced
+from fastnet.files import atomic_write
 
 
 def span(name: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -68,6 +68,6 @@ class Window:
             torch.cuda.profiler.stop()
             return
         self.profiler.stop()
-        with replaced(self.trace) as beside:
+        with atomic_write(self.trace) as beside:
             self.profiler.export_chrome_trace(str(beside))
         self.profiler = None

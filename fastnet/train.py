@@ -1,7 +1,7 @@
 """Trains one network: phases, epochs, evaluation, records.
 
 torchrun --nproc_per_node=8 fastnet/train.py
-python -m fastnet.train sample --network lstm --run runs/lstm
+python -m fastnet.train sample --network lstm --run-dir runs/lstm
 """
 
 from __future__ import annotations
@@ -21,16 +21,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastnet import checkpoint, engine, phases, profiling, record
-from fastnet.checkpoint import Claim, Position, Schedule, Writer
-from fastnet.cli import Parser
-from fastnet.cli import run as run_command
+from fastnet import profiling
+from fastnet.cli import Parser, run_command
 from fastnet.config import PRESETS, Config, add_flags, from_flags
-from fastnet.data import PreparedSet, default_set
-from fastnet.model import Network, load_backbone, lstm_backend
-from fastnet.pipeline import EvalStream, Spec, TrainStream, resolve_decode
-from fastnet.record import Recorder
-from fastnet.runtime import Runtime, Vote, choose_precision, joined, threads_per_rank
+from fastnet.data.default import default_set
+from fastnet.data.prepared import PreparedSet
+from fastnet.distributed import lock
+from fastnet.distributed.lock import RunLock
+from fastnet.distributed.ranks import Runtime, choose_precision, joined, threads_per_rank
+from fastnet.distributed.stop import StopSignal
+from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.streams import EvalStream, TrainStream
+from fastnet.network.network import Network, lstm_backend
+from fastnet.network.weights import load_backbone
+from fastnet.training import checkpoint, phases
+from fastnet.training import records as record
+from fastnet.training import trainer as engine
+from fastnet.training.checkpoint import Schedule, Writer
+from fastnet.training.records import Recorder
+from fastnet.training.state import TrainState
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -39,7 +48,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "preset", nargs="?", choices=list(PRESETS), help="what is not given below; default: by the data"
     )
     parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory; default: runs/NETWORK")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory; default: runs/NETWORK")
     add_flags(parser)
     flags = vars(parser.parse_args(argv))
 
@@ -48,8 +57,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         preset = flags["preset"] or ("sample" if data.source["kind"] == "sample" else "paper")
         config = from_flags(PRESETS[preset](flags.get("network", "baseline")), flags)
         runtime.amp = choose_precision(config.precision, runtime.device)
-        run = flags["run"] or Path("runs") / config.network
-        with checkpoint.claimed(run, runtime) as claim:
+        run = flags["run_dir"] or Path("runs") / config.network
+        with lock.claimed(run, runtime) as claim:
             result = train(config, data, run, runtime, claim)
         if "top1" in result and runtime.is_main:
             print(
@@ -60,7 +69,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def train(
-    config: Config, data: PreparedSet, run: Path, runtime: Runtime, claim: Claim | None
+    config: Config, data: PreparedSet, run: Path, runtime: Runtime, claim: RunLock | None
 ) -> dict[str, Any]:
     """Trains `config` on `data` in the directory `run`, from its last checkpoint if it has one.
 
@@ -79,9 +88,9 @@ def train(
     network.to(runtime.device)
     engine.share_state(network, runtime)
 
-    position = Position(**saved["position"]) if saved else Position()
+    position = TrainState(**saved["position"]) if saved else TrainState()
     if position.done or 0 < config.max_steps <= position.step:
-        runtime.say(f"{run}: already done up to step {position.step}; give another --run to train anew")
+        runtime.say(f"{run}: already done up to step {position.step}; give another --run-dir to train anew")
         return outcome(run, position)
     chosen = runtime.together(lambda: choices(config, runtime))
     torch.set_num_threads(chosen["threads"])
@@ -98,7 +107,7 @@ def train(
 
     window = profiling.Window(config.profile_window, runtime.device, run / f"trace-rank{runtime.rank}.json")
     writer, schedule = Writer(run / "last.pt", claim), Schedule(config)
-    with Vote(runtime) as vote, recorder, closing(train_stream), closing(val_stream), window, writer:
+    with StopSignal(runtime) as vote, recorder, closing(train_stream), closing(val_stream), window, writer:
 
         def save(job: engine.Job, metrics_bytes: int, best: bool = False) -> None:
             """Keeps all that is needed to continue from here; refuses to after a loss that was not finite."""
@@ -184,10 +193,10 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
 
 
 def open_streams(
-    config: Config, data: PreparedSet, runtime: Runtime, position: Position, chosen: dict[str, Any]
+    config: Config, data: PreparedSet, runtime: Runtime, position: TrainState, chosen: dict[str, Any]
 ) -> tuple[TrainStream, EvalStream]:
     """The training stream from where the run is, and the validation stream."""
-    spec = Spec(
+    spec = InputSpec(
         image_size=config.image_size,
         device=runtime.device,
         dtype=runtime.image_dtype,
@@ -213,7 +222,7 @@ def open_streams(
 
 
 def write_manifest(
-    run: Path, config: Config, data: PreparedSet, chosen: dict[str, Any], position: Position
+    run: Path, config: Config, data: PreparedSet, chosen: dict[str, Any], position: TrainState
 ) -> None:
     """The run's facts, and one entry for each time it was started."""
     facts = {
@@ -223,7 +232,7 @@ def write_manifest(
     record.write_manifest(run, facts, {"from_step": position.step, **chosen})
 
 
-def outcome(run: Path, position: Position) -> dict[str, Any]:
+def outcome(run: Path, position: TrainState) -> dict[str, Any]:
     """The command's result: the last evaluation, if there was one, and where things are."""
     files = [str(path) for path in sorted(run.glob("[!.]*"))]
     return {

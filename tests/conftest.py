@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastnet.prepare import main as prepare_main
-from official import jpeg, official_files, write_folder
+from tests.support.official import jpeg, official_files, write_folder
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from fastnet import ensemble, evaluate, predict, train
-from fastnet.cli import InputError
-from fastnet.data import open_set
-from fastnet.evaluate import measure
+from fastnet.data.prepared import open_set
+from fastnet.errors import InputError
+from fastnet.inference.scores import measure
 from fastnet.prepare import main as prepare_main
-from official import jpeg, official_files, write_folder
+from tests.support.official import jpeg, official_files, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def runs(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
     common = ["sample", "--data", str(tiny_set), "--image-size", "32", "--batch-size", "14"]
     common += ["--head-epochs", "0", "--epochs", "1", "--lr", "0.005"]
     for network in ("baseline", "lstm"):
-        train.main([*common, "--network", network, "--run", str(directory / network)])
+        train.main([*common, "--network", network, "--run-dir", str(directory / network)])
     return [directory / "baseline", directory / "lstm"]
 
 

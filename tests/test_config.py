@@ -8,10 +8,11 @@ from itertools import pairwise
 
 import pytest
 
-from fastnet import phases
-from fastnet.checkpoint import Position
-from fastnet.cli import InputError, Parser
+from fastnet.cli import Parser
 from fastnet.config import PRESETS, Augment, Config, add_flags, from_flags
+from fastnet.errors import InputError
+from fastnet.training import phases
+from fastnet.training.state import TrainState
 
 # The command line is an interface: scripts rely on these flags.
 FLAGS = """
@@ -106,7 +107,7 @@ def test_a_plateau_keeps_the_rate_and_ends_the_phase() -> None:
         phases.Phase("full", False, 2, "sgd", 0.1, 0, 0.0),
     ]
     assert {phases.learning_rate(plan[0], step, 10, 1.0) for step in range(10, 200)} == {0.1}
-    position = Position()
+    position = TrainState()
     for top1 in (0.5, 0.505, 0.52, 0.525):  # better, flat, better, flat
         phases.finish_epoch(plan, position, top1)
         assert position.phase == 0

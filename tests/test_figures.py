@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastnet.cli import InputError
+from fastnet.errors import InputError
 from fastnet.figures import main, read_curves
 
 SVG = "{http://www.w3.org/2000/svg}"

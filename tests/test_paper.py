@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support.paths import REPOSITORY
+
 FLAGS = (
     "--weights none --image-size 32 --batch-size 8 --head-epochs 1 --epochs 1 --log-every 2 --threads 1 --lr 0.01 "
     "--augment jitter"

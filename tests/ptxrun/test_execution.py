@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ptxrun import BarrierError, MemoryFault, launch
-from ptxrun.snippets import ptx_kernel, run_ptx
+from tests.ptxrun.snippets import ptx_kernel, run_ptx
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["lockstep", "random"])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ptxrun import PtxError
-from ptxrun.snippets import run_ptx
+from tests.ptxrun.snippets import run_ptx
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["lockstep", "random"])
 

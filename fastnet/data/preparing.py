@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fastnet import __version__
+from fastnet.data.entries import Entry, Source
+from fastnet.data.image import image_size
+from fastnet.data.prepared import FORMAT, SCHEMA, SPLITS, PreparedSet, add_image, open_set, set_hash
+from fastnet.data.sources import sample_source
+from fastnet.errors import InputError
+from fastnet.progress import Progress
+
+BATCH_BYTES = 4 << 20  # a record batch's share of memory while it is being written
+CHUNK = 32  # images that a thread checks at a time
+
+
+def prepare_sample(out: Path) -> PreparedSet:
+    """Makes the embedded sample at `out`, or opens the one that is there. Many processes may ask at once."""
+    return prepare(sample_source(), out)[0]
+
+
+def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[PreparedSet, bool]:
+    """Makes the set `out` of `source`: (the set, whether it was made now rather than there already).
+
+    Raises InputError for bad images, splits that do not fit, a full disk, or anything else being at `out`.
+    """
+    splits, classes = checked_splits(source, val_fraction)
+    given, out = out, out.resolve()
+    with file_errors(out), exclusive(out):
+        there = standing_set(out)
+        md5 = source.record["md5"]
+        if there and md5 and md5 == there.source["md5"] and "val" in source.splits:
+            return open_set(given), False
+        partial = out.with_name(f".{out.name}.partial")
+        if partial.exists():
+            shutil.rmtree(partial)  # of a run that was killed: who holds the lock knows that nobody writes it
+        partial.mkdir()
+        try:
+            contents = write_set(partial, source, splits, classes, out.name)
+            if there is None:
+                partial.rename(out)
+                flush_to_disk(out.parent)
+            elif there.hash != contents:
+                raise InputError(
+                    f"{out}: holds another set (of {there.source['path'] or there.source['kind']}); "
+                    "remove it or choose another --out"
+                )
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return open_set(given), there is None
+
+
+def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[Entry]], list[str]]:
+    """The splits to write, with a val split taken from train if the source has none, and the sorted classes."""
+    place = source.record["path"] or source.record["kind"]
+    splits = {name: source.splits[name] for name in SPLITS if source.splits.get(name)}
+    if "train" not in splits:
+        raise InputError(f"{place}: no training images in it")
+    if "val" not in splits:
+        splits["train"], splits["val"] = without_val(splits["train"], val_fraction, place)
+    classes = {entry.label for entry in splits["train"] if entry.label is not None}
+    for name, entries in splits.items():
+        for entry in entries:
+            if entry.label is None and name != "test":
+                raise InputError(f"{place}: {entry.name} in {name} has no label")
+            if entry.label is not None and entry.label not in classes:
+                raise InputError(
+                    f"{place}: {entry.name} in {name} is of class {entry.label}, which train lacks"
+                )
+    return splits, sorted(classes)
+
+
+def without_val(train: list[Entry], fraction: float, place: str) -> tuple[list[Entry], list[Entry]]:
+    """Takes `fraction` of each class out of `train`. An image's side depends on the names in its class alone."""
+    by_class: dict[str | None, list[Entry]] = {}
+    for entry in train:
+        by_class.setdefault(entry.label, []).append(entry)
+    chosen: set[Any] = set()
+    for label, entries in by_class.items():
+        if len(entries) < 2:
+            raise InputError(f"{place}: class {label} has one image, too few to take a val split from")
+        ranked = sorted(entries, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
+        count = min(max(1, round(fraction * len(entries))), len(entries) - 1)
+        chosen.update(entry.where for entry in ranked[:count])
+    return [e for e in train if e.where not in chosen], [e for e in train if e.where in chosen]
+
+
+def standing_set(out: Path) -> PreparedSet | None:
+    """The set that is at `out` already, its images checked against its hash; None if there is nothing.
+
+    Raises InputError if something else is there, or a damaged set.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / "set.json").is_file():
+        raise InputError(f"{out}: is there and is no prepared set; remove it or choose another --out")
+    there = open_set(out)
+    there.verify()
+    return there
+
+
+def write_set(
+    out: Path, source: Source, splits: dict[str, list[Entry]], classes: list[str], name: str
+) -> str:
+    """Writes every split's file and then set.json into the directory `out`; the hash of the contents."""
+    with Progress(sum(map(len, splits.values())), "images") as progress:
+        files = {
+            split: write_split(out / f"{split}.arrow", source, entries, classes, progress)
+            for split, entries in splits.items()
+        }
+    contents = set_hash(classes, {split: file["sha256"] for split, file in files.items()})
+    meta = {
+        "format": FORMAT,
+        "name": name,
+        "fastnet": __version__,
+        "source": source.record,
+        "hash": contents,
+        "splits": files,
+        "classes": classes,
+        "words": [source.words.get(label, label) for label in classes],
+    }
+    (out / "set.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    flush_to_disk(out / "set.json")
+    return contents
+
+
+def write_split(
+    path: Path, source: Source, entries: list[Entry], classes: list[str], progress: Progress
+) -> dict[str, Any]:
+    """Writes one split's file; its entry in set.json."""
+    label_of = {label: i for i, label in enumerate(classes)}
+    digest = hashlib.sha256()
+    rows: list[tuple[str, bytes, int, int, int]] = []
+    held = 0
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for entry, image, (height, width) in examined(entries, source):
+            label = -1 if entry.label is None else label_of[entry.label]
+            add_image(digest, entry.name, label, image)
+            rows.append((entry.name, image, label, height, width))
+            held += len(image)
+            if held >= BATCH_BYTES:
+                writer.write_batch(record_batch(rows))
+                rows, held = [], 0
+            progress.add(1)
+        if rows:
+            writer.write_batch(record_batch(rows))
+    flush_to_disk(path)
+    return {
+        "file": path.name,
+        "count": len(entries),
+        "bytes": path.stat().st_size,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def record_batch(rows: list[tuple[str, bytes, int, int, int]]) -> pa.RecordBatch:
+    columns = zip(zip(*rows, strict=True), SCHEMA, strict=True)
+    return pa.record_batch([pa.array(values, field.type) for values, field in columns], schema=SCHEMA)
+
+
+def examined(entries: Iterable[Entry], source: Source) -> Iterator[tuple[Entry, bytes, tuple[int, int]]]:
+    """Reads the images in order, and decodes them in threads (PIL frees the interpreter while it decodes)."""
+
+    def examine(chunk: list[tuple[Entry, bytes]]) -> list[tuple[int, int]]:
+        return [image_size(image, entry, place) for entry, image in chunk]
+
+    place = source.record["path"] or source.record["kind"]
+    threads = min(8, len(os.sched_getaffinity(0)))
+    waiting: deque[tuple[list[tuple[Entry, bytes]], Future[list[tuple[int, int]]]]] = deque()
+    remaining = iter(entries)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        while True:
+            chunk = [(entry, source.read(entry.where)) for entry in islice(remaining, CHUNK)]
+            if chunk:
+                waiting.append((chunk, pool.submit(examine, chunk)))
+            if not waiting:
+                return
+            if not chunk or len(waiting) > 2 * threads:
+                done, sizes = waiting.popleft()
+                for (entry, image), size in zip(done, sizes.result(), strict=True):
+                    yield entry, image, size
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(out: Path) -> Iterator[None]:
+    """Holds a lock file beside `out`: one process at a time makes it. A killed process lets go of its lock."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that makes {out}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(lock), path.stat()):
+                break
+        except FileNotFoundError:
+            pass  # its last holder removed it meanwhile: lock the one that is there now
+        os.close(lock)
+    try:
+        yield
+    finally:
+        path.unlink()
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def file_errors(out: Path) -> Iterator[None]:
+    """Turns a full disk and other refusals of the file system into one line: `out`'s, unless a file is named."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"{out}: no space left on its disk; nothing was kept, free some and try again"
+            ) from error
+        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error

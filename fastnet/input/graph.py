@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType
+
+from fastnet.errors import InputError
+from fastnet.input.draws import MEAN, STD
+from fastnet.input.operators import apply_policy, input_type
+
+PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How images become tensors. `decode` is gpu (nvJPEG), cpu, or raw (decoded once, to a file)."""
+
+    image_size: int
+    device: torch.device
+    dtype: torch.dtype
+    decode: str
+    threads: int
+    eval_crop: float = 1.0
+
+
+def resolve_decode(choice: str, device: torch.device) -> str:
+    """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere."""
+    if choice == "gpu" and device.type != "cuda":
+        raise InputError("--decode gpu: there is no GPU here; use cpu, raw or auto")
+    if choice == "auto":
+        return "gpu" if device.type == "cuda" else "cpu"
+    return choice
+
+
+@pipeline_def(enable_conditionals=True, prefetch_queue_depth=PREFETCH)
+def graph(
+    source: Callable, names: tuple[str, ...], spec: InputSpec, policy: str, normalise_first: bool = False
+) -> DataNode:
+    """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
+
+    `normalise_first`: before resizing instead of after it, for which there may be no policy.
+    Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
+    """
+    forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
+    given: Any = fn.external_source(
+        source=source,
+        num_outputs=len(forms),
+        dtype=[form[0] for form in forms],
+        ndim=[form[1] for form in forms],
+        batch=True,
+        no_copy=True,
+    )
+    images: Any = given[0]
+    inputs = {name: given[1 + i] for i, name in enumerate(names)}
+    if spec.decode == "gpu":
+        # The same chroma upsampling as on the CPU: a network sees the same pixels wherever they are decoded.
+        images = fn.decoders.image(
+            images, device="mixed", adjust_orientation=False, jpeg_fancy_upsampling=True
+        )
+    elif spec.decode == "cpu":
+        images = fn.decoders.image(images, adjust_orientation=False)
+    if spec.device.type == "cuda" and spec.decode != "gpu":
+        images = images.gpu()
+    mirror = inputs.get("mirror", 0)
+    placed = {
+        "size": [spec.image_size, spec.image_size],
+        "roi_start": inputs["start"],
+        "roi_end": inputs["end"],
+    }
+    if normalise_first:
+        return fn.resize_crop_mirror(_normalised(images, spec), mirror=mirror, **placed)
+    images = fn.resize(images, **placed)
+    images = apply_policy(images, inputs, policy, spec.image_size)
+    return _normalised(images, spec, mirror=mirror)
+
+
+def _normalised(images: DataNode, spec: InputSpec, **options: Any) -> DataNode:
+    return fn.crop_mirror_normalize(
+        images,
+        mean=list(MEAN),
+        std=list(STD),
+        dtype=DALIDataType.FLOAT16 if spec.dtype == torch.float16 else DALIDataType.FLOAT,
+        output_layout="HWC",
+        **options,
+    )

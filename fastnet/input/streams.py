@@ -1,0 +1,218 @@
+"""Prepared set -> batches on the training device, through one DALI graph for CPU and GPU.
+
+Order and augmentation follow from (seed, epoch, sample) alone, so a step's global batch is a slice of the
+epoch's order whatever the number of ranks, and two integers (epoch, step) say where to go on.
+
+DALI reads the encoded images in place (views of the mapped file) and writes HWC; the NCHW view of that is
+channels_last, so nothing is copied between the decoder and the first convolution.
+
+Shapes: B images of a micro-batch, H = W = image_size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+from nvidia.dali.tensors import TensorCPU
+
+from fastnet.config import Augment
+from fastnet.data.prepared import Split
+from fastnet.errors import InputError
+from fastnet.input.decoded import DecodedImages
+from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
+from fastnet.input.graph import InputSpec, graph, resolve_decode
+
+
+class Batch(NamedTuple):
+    """A micro-batch. `x` stays valid for as long as it is referenced, at least until the next one."""
+
+    x: torch.Tensor  # [B, 3, H, W] channels_last, normalised with ImageNet mean and std, on the device
+    y: torch.Tensor  # [B] int64 labels, on the device
+    index: NDArray[np.int64]  # type: ignore[assignment]  # [B] positions in the split, on the host
+
+
+def part(n: int, index: int, parts: int) -> slice:
+    """The `index`-th of `parts` contiguous parts of `n` things; their sizes differ by one at most."""
+    return slice(n * index // parts, n * (index + 1) // parts)
+
+
+def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -> slice:
+    """A rank's share of a step: a slice of the epoch's order of `n` samples. `batch_size` is global."""
+    if not 0 <= step < n // batch_size:
+        raise IndexError(f"step {step} of an epoch of {n // batch_size}")
+    share = part(batch_size, rank, world_size)
+    return slice(step * batch_size + share.start, step * batch_size + share.stop)
+
+
+class _Feed:
+    """The graph's source. Keeps what it handed to DALI, which does not copy it, until the batch is out."""
+
+    def __init__(self, image: Callable[[int], NDArray], layout: str) -> None:
+        self.image, self.layout = image, layout
+        self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
+        self.under_way: deque[tuple[NDArray, dict[str, NDArray]]] = deque()
+
+    def __call__(self) -> list:
+        index, inputs = next(self.todo)
+        self.under_way.append((index, inputs))
+        return [[TensorCPU(self.image(i), self.layout) for i in index], *inputs.values()]
+
+
+class _Stream:
+    def __init__(
+        self, split: Split, spec: InputSpec, names: tuple[str, ...], policy: str, largest: int
+    ) -> None:
+        if spec.image_size < 32 or spec.image_size % 32:
+            raise InputError(f"--image-size {spec.image_size}: must be a multiple of 32")
+        if spec.decode == "gpu":
+            resolve_decode(spec.decode, spec.device)
+        self._split, self._spec = split, spec
+        if spec.decode == "raw":
+            self._feed = _Feed(DecodedImages(split, spec.threads), "HWC")
+        else:
+            self._feed = _Feed(split.jpeg, "")
+        # On the CPU the order that normalises fewer pixels is the faster one (and where that comes first,
+        # resizing rounds to no grey levels). On a GPU normalising to half precision is the cheaper end.
+        small = split.sizes.prod(axis=1).mean() < spec.image_size**2
+        plain = policy == "none" and "erase_start" not in names
+        self._pipe: Pipeline | None = graph(
+            self._feed,
+            names,
+            spec,
+            policy,
+            bool(spec.device.type == "cpu" and small and plain),
+            batch_size=largest,
+            num_threads=spec.threads,
+            device_id=_device_id(spec.device),
+        )
+
+    def _take(self) -> Batch:
+        if self._pipe is None:
+            raise RuntimeError("the stream is closed")
+        # Bound to torch's stream: DALI's work is waited for there, and memory is given back in its order.
+        stream = torch.cuda.current_stream(self._spec.device) if self._spec.device.type == "cuda" else None
+        (images,) = self._pipe.outputs(cuda_stream=stream)
+        index, _ = self._feed.under_way.popleft()
+        self._pipe.schedule_run()
+        x = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W], a view
+        y = torch.from_numpy(self._split.labels[index])
+        if stream is not None:
+            y = y.pin_memory().to(self._spec.device, non_blocking=True)
+        return Batch(x, y, index)
+
+    def close(self) -> None:
+        """Ends DALI's threads and frees its buffers."""
+        self._pipe = None
+
+
+class TrainStream(_Stream):
+    """Endless micro-batches of a rank, from (epoch, step) on: `accumulate` of them make its share of a step.
+
+    `batch_size` is that of all ranks together. The last incomplete batch of an epoch is left out.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        spec: InputSpec,
+        augment: Augment,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        step: int = 0,
+    ) -> None:
+        if batch_size > len(split):
+            raise InputError(
+                f"--batch-size {batch_size}: the {split.name} split has {len(split)} images; use at most that"
+            )
+        if batch_size < world_size * accumulate:
+            raise InputError(
+                f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
+                f"{world_size * accumulate}"
+            )
+        self.steps_per_epoch = len(split) // batch_size
+        names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+        largest = -(-batch_size // (world_size * accumulate))
+        super().__init__(split, spec, names, augment.policy, largest)
+
+        def batches() -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
+            first = step
+            for now in itertools.count(epoch):
+                order, draws = epoch_order(len(split), seed, now), epoch_draws(len(split), seed, now)
+                for at in range(first, len(split) // batch_size):
+                    share = order[step_share(len(split), batch_size, at, rank, world_size)]
+                    for micro in range(accumulate):
+                        index = share[part(len(share), micro, accumulate)]
+                        yield index, train_inputs(augment, draws[index], split.sizes[index], spec.image_size)
+                first = 0
+
+        self._feed.todo = batches()
+        assert self._pipe is not None
+        self._pipe.schedule_run()
+
+    def __iter__(self) -> TrainStream:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._take()
+
+
+class EvalStream(_Stream):
+    """A rank's share of a split, in order, each sample once. Can be iterated again and again, one at a time.
+
+    `batch_size` is per rank; the last batch may be smaller.
+    """
+
+    def __init__(
+        self, split: Split, spec: InputSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if world_size > len(split):
+            raise InputError(
+                f"{world_size} ranks: the {split.name} split has {len(split)} images; start fewer processes"
+            )
+        self._share = np.arange(len(split))[part(len(split), rank, world_size)]
+        self._batch_size = min(batch_size, len(self._share))
+        super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._share) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._pipe is None:
+            raise RuntimeError("the stream is closed")
+        self._drain(self._pipe)
+        self._feed.todo = self._batches()
+        self._pipe.schedule_run()
+        for _ in range(len(self)):
+            yield self._take()
+
+    def _batches(self) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
+        for first in range(0, len(self._share), self._batch_size):
+            index = self._share[first : first + self._batch_size]
+            yield index, eval_inputs(self._split.sizes[index], self._spec.image_size, self._spec.eval_crop)
+
+    def _drain(self, pipe: Pipeline) -> None:
+        """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
+        self._feed.todo = iter(())
+        pipe.schedule_run()  # finds nothing more to do, which `reset` waits for
+        while self._feed.under_way:
+            pipe.outputs()
+            self._feed.under_way.popleft()
+        pipe.reset()
+
+
+def _device_id(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index

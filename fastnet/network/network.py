@@ -1,0 +1,98 @@
+"""The two networks: a ResNet with a linear layer, and a ResNet whose stages are read by channel-group LSTMs.
+
+Legend: B batch, C channels, H and W height and width of a stage, D width of the head's input, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from fastnet.config import Config, stage_channels
+from fastnet.errors import InputError
+from fastnet.profiling import span
+from fastnet_kernels import ChannelGroupLSTM, op
+
+LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "layer4"}
+
+
+class Network(nn.Module):
+    """ResNet (He et al. 2016) with one of two heads.
+
+    baseline: global average of conv5, linear layer. lstm: each stage of `config.stages` is cut along the channels
+    into groups, an LSTM per group runs over its channels, and the last hidden states feed a linear layer.
+    Images [B, 3, image_size, image_size] in channels_last -> logits [B, K] in float32.
+    """
+
+    def __init__(self, config: Config, classes: int) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.frozen = False
+        self.stages = sorted(config.stages) if config.network == "lstm" else ["conv5"]
+        resnet = torchvision.models.get_model(f"resnet{config.depth}", weights=None)
+        resnet.fc = nn.Identity()
+        for stage, layer in LAYERS.items():
+            if stage > self.stages[-1]:
+                delattr(resnet, layer)
+        self.backbone = resnet
+        self.lstm: ChannelGroupLSTM | None = None
+        if config.network == "lstm":
+            self.lstm = ChannelGroupLSTM(config.lstm_stages, backend=config.backend)
+            width = sum(groups * hidden for groups, _, hidden in config.lstm_stages)
+        else:
+            width = stage_channels(config.depth, "conv5")
+        self.classifier = nn.Linear(width, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, K]. Raises ValueError if `x` would have to be copied into channels_last."""
+        if not x.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError("the images must be channels_last: they are the pipeline's, without a copy")
+        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+            features = self.features(x)
+        with span("lstm" if self.lstm else "pool", x.device):
+            if self.lstm is not None:
+                z = self.lstm(features)  # [B, D]
+            else:
+                z = features[-1].mean(dim=(2, 3))  # [B, D]
+        return self.classifier(z).float()  # [B, K]
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the stages that the head reads, each [B, C, H, W], shallow to deep."""
+        with span("backbone", x.device):
+            net = self.backbone
+            x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            outputs = []
+            for stage, layer in LAYERS.items():
+                if stage > self.stages[-1]:
+                    break
+                x = getattr(net, layer)(x)
+                if stage in self.stages:
+                    outputs.append(x)
+            return outputs
+
+    def freeze_backbone(self, frozen: bool) -> None:
+        """Frozen, the convolutions and batch norms have no gradient and stay in evaluation mode."""
+        self.frozen = frozen
+        self.backbone.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+
+def lstm_backend(config: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """What runs the LSTMs on `device` in `dtype`, "none" without LSTMs. Raises InputError for one that cannot run."""
+    if config.network != "lstm":
+        return "none"
+    try:
+        largest = max(hidden for _, _, hidden in config.lstm_stages)
+        return op.choose(config.backend, device.type, dtype, largest)
+    except RuntimeError as error:
+        raise InputError(f"--backend {config.backend}: {error}") from error

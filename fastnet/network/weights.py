@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from fastnet.errors import InputError
+from fastnet.network.network import Network
+
+
+def load_backbone(network: Network, depth: int, weights: str) -> None:
+    """Puts ResNet weights into `network.backbone`: `imagenet` (torchvision's), `none`, or a file.
+
+    A file holds torchvision's ResNet state dict or a fastnet checkpoint. Raises InputError if the weights cannot be
+    had or do not fit.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        state = _imagenet_state(depth)
+    else:
+        state = _file_state(Path(weights))
+    own = network.backbone.state_dict()
+    for name, tensor in own.items():
+        if name not in state:
+            raise InputError(f"--weights {weights}: has no tensor {name}; give weights of a ResNet-{depth}")
+        if state[name].shape != tensor.shape:
+            raise InputError(
+                f"--weights {weights}: {name} is {list(state[name].shape)}, ResNet-{depth} has {list(tensor.shape)}"
+            )
+    network.backbone.load_state_dict({name: state[name] for name in own})
+
+
+def _imagenet_state(depth: int) -> dict[str, Tensor]:
+    enum = torchvision.models.get_model_weights(f"resnet{depth}")
+    try:
+        return dict(enum.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--weights imagenet: cannot download ResNet-{depth}'s weights ({error}); "
+            "give a local file by --weights FILE, or --weights none"
+        ) from error
+
+
+def _file_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"--weights {path}: no such file; give imagenet, none, or a file")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(f"--weights {path}: not a readable PyTorch file: {error}") from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = {
+            k.removeprefix("backbone."): v for k, v in loaded["model"].items() if k.startswith("backbone.")
+        }
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise InputError(f"--weights {path}: holds no state dict of tensors")
+    return loaded

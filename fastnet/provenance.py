@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastnet
+
+VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "numpy", "pyarrow")
+
+
+def surroundings() -> dict[str, Any]:
+    """Versions, git revision and machine, as far as they can be told."""
+    versions = {"fastnet": fastnet.__version__, "python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {
+        "versions": versions,
+        "git": git_revision(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+    }
+
+
+def git_revision() -> str | None:
+    """The checkout's commit, with + behind it if files differ from it; in an image, what it was built from
+    ($FASTNET_REVISION); None where neither is known."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return os.environ.get("FASTNET_REVISION") or None
+    return done.stdout.strip() or os.environ.get("FASTNET_REVISION") or None
+
+
+def cpu_name() -> str:
+    """The processor's model as Linux gives it."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()

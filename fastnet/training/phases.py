@@ -1,0 +1,116 @@
+"""What trains in a phase: parameters, batch norm mode, optimiser, learning rate, and when it ends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastnet.config import Config
+from fastnet.errors import InputError
+from fastnet.network.network import Network
+from fastnet.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`plateau` epochs without a top-1 better by `plateau_delta` end the phase before `epochs` do; 0: never."""
+
+    name: str
+    frozen_backbone: bool
+    epochs: int
+    optimizer: str
+    peak_lr: float
+    plateau: int
+    plateau_delta: float
+
+
+def plan(config: Config) -> list[Phase]:
+    """The phases of a run, in order: the head alone (paper, section 4), then the whole network."""
+    phases = []
+    if config.head_epochs:
+        phases.append(
+            Phase(
+                name="head",
+                frozen_backbone=True,
+                epochs=config.head_epochs,
+                optimizer=config.head_optimizer,
+                peak_lr=config.head_lr,
+                plateau=config.plateau,
+                plateau_delta=config.plateau_delta,
+            )
+        )
+    if config.epochs:
+        phases.append(Phase("full", False, config.epochs, config.optimizer, config.lr, 0, 0.0))
+    return phases
+
+
+def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:
+    """Moves `position` past an epoch that was evaluated with `top1`: to the next epoch, phase, or the end."""
+    phase = plan[position.phase]
+    position.epoch += 1
+    position.phase_epoch += 1
+    position.step_in_epoch = 0
+    position.best_top1 = max(position.best_top1, top1)
+    if top1 > position.plateau_top1 + phase.plateau_delta:
+        position.plateau_top1, position.plateau_age = top1, 0
+    else:
+        position.plateau_age += 1
+    flat = 0 < phase.plateau <= position.plateau_age
+    if flat or position.phase_epoch == phase.epochs:
+        position.phase += 1
+        position.phase_epoch = position.plateau_age = 0
+        position.plateau_top1 = -1.0
+        position.done = position.phase == len(plan)
+
+
+def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: float) -> float:
+    """The rate of a phase's step: linear warmup, then a half cosine to zero (Loshchilov and Hutter 2017, eq. 5).
+
+    A phase that a plateau ends keeps its peak: the length that a cosine needs is not known.
+    """
+    warmup = int(warmup_epochs * steps_per_epoch)
+    total = phase.epochs * steps_per_epoch
+    if step < warmup:
+        return phase.peak_lr * (step + 1) / (warmup + 1)
+    if phase.plateau:
+        return phase.peak_lr
+    progress = (step - warmup) / max(1, total - warmup)
+    return phase.peak_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.optim.Optimizer:
+    """The phase's optimiser over the parameters that train, fused; biases and batch norms do not decay.
+
+    Raises InputError if --apex is given and NVIDIA Apex is not there.
+    """
+    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.ndim == 1 or "bias" in name]
+    decayed = [p for name, p in trained if not (p.ndim == 1 or "bias" in name)]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    if config.apex:
+        return _apex_optimizer(phase, groups, config)
+    if phase.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
+        )
+    return torch.optim.AdamW(groups, lr=phase.peak_lr, fused=True)
+
+
+def _apex_optimizer(phase: Phase, groups: list[dict], config: Config) -> torch.optim.Optimizer:
+    try:
+        from apex.optimizers import (  # NVIDIA's; PyPI's package of that name has no optimizers
+            FusedAdam,
+            FusedSGD,
+        )
+    except ImportError as error:
+        raise InputError(f"--apex: NVIDIA Apex is not installed ({error}); leave the flag out") from error
+    if not torch.cuda.is_available():
+        raise InputError("--apex: NVIDIA Apex needs a GPU; leave the flag out")
+    if phase.optimizer == "sgd":
+        return FusedSGD(groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0)
+    return FusedAdam(groups, lr=phase.peak_lr, adam_w_mode=True)

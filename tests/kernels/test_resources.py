@@ -1,0 +1,149 @@
+"""Cross-compiled for every architecture of the launch table: registers, memory, tensor-core instructions, copies."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastnet_kernels import Stage, fused, gemm, launch
+from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
+from tests.support.kernels import Resources, cross_compile
+
+BF16, FP32 = torch.bfloat16, torch.float32
+PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))
+# One stage of every other row of the launch table, in one launch.
+OTHERS = (Stage(1, 8, 16), Stage(1, 8, 256), Stage(1, 8, 1024))
+
+
+def plans(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> tuple[Plan, ...]:
+    return plan(stages, dtype, arch, save=True)
+
+
+@cache
+def forward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
+    return cross_compile(
+        fused.forward_kernel,
+        arch,
+        {"gates": dtype, "h": dtype, "c": FP32, "w": dtype, "out": dtype},
+        {"PLANS": plans(stages, dtype, arch), "STATES": True, "GATES": True, "R": BATCH_TILE},
+        **launch.recurrent_options(dtype, forward=True),
+    )
+
+
+@cache
+def backward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
+    return cross_compile(
+        fused.backward_kernel,
+        arch,
+        dict.fromkeys(("gates", "w", "dout", "dgates"), dtype) | dict.fromkeys(("c", "dh", "dc"), FP32),
+        {"PLANS": plans(stages, dtype, arch), "R": BATCH_TILE},
+        **launch.recurrent_options(dtype, forward=False),
+    )
+
+
+def assert_launchable(r: Resources, arch: int) -> None:
+    assert r.stack == 0 and r.local == 0 and r.count("(LDL|STL)") == 0
+    assert r.shared <= SHARED_KB[arch] * 1024
+
+
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_network_of_the_paper(arch: int) -> None:
+    f, b = forward(PAPER, BF16, arch), backward(PAPER, BF16, arch)
+    for r in (f, b):
+        assert_launchable(r, arch)
+    assert f.registers <= 128 and b.registers <= 168
+    large = SHARED_KB[arch] > 99
+    assert f.shared <= (130_000 if large else 99_000) and b.shared <= (123_000 if large else 99_000)
+    # Per warp, m16n8k16: 52 for a chunk of H = 196 (K = 208), 32 for a step of H = 49 (K = 64, 256 columns).
+    assert f.count("HMMA.16816") == 52 + 32
+    # 56 for a chunk of H = 196 (N = 224), that loop unrolled over its 7 chunks or not, 32 for a step of H = 49.
+    assert b.count("HMMA.16816") in (56 + 32, 7 * 56 + 32)
+    # What is streamed per step in the forward, W_hh among it, is copied 16 bytes at a time; in the backward the
+    # only narrower copies are the resident stage's gates, a quarter chunk wide.
+    assert set(re.findall(r"LDGSTS\.\S+", f.sass)) == {"LDGSTS.E.BYPASS.128"}
+    assert set(re.findall(r"LDGSTS\.\S+", b.sass)) <= {"LDGSTS.E.BYPASS.128", "LDGSTS.E.64"}
+
+
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_streamed_backward_copies(arch: int) -> None:
+    """Without the resident stage every copy of the backward is 16 bytes wide."""
+    alone = backward((Stage(1, 8, 256),), BF16, arch)
+    assert_launchable(alone, arch)
+    assert set(re.findall(r"LDGSTS\.\S+", alone.sass)) == {"LDGSTS.E.BYPASS.128"}
+
+
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_other_rows_of_the_table(arch: int) -> None:
+    assert_launchable(forward(OTHERS, BF16, arch), arch)
+    assert_launchable(backward(OTHERS, BF16, arch), arch)
+
+
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_float32(arch: int) -> None:
+    stages = (Stage(1, 8, 16), Stage(1, 8, 784))
+    assert_launchable(forward(stages, FP32, arch), arch)
+    assert_launchable(backward(stages, FP32, arch), arch)
+
+
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_gemms(arch: int) -> None:
+    """The feature map [B, S, G*T] and everything else is copied 16 bytes at a time, along the steps."""
+    p = plans(PAPER, BF16, arch)[0]
+    options: dict[str, Any] = launch.gemm_tiles(BF16, p)
+    rows, k = options.pop("ROWS"), options.pop("BK")
+    project = cross_compile(
+        gemm.project_kernel,
+        arch,
+        dict.fromkeys(("x", "w_ih", "h", "w_hh", "gates"), BF16) | {"bias": FP32},
+        {"P": p, "ROWS": rows, "BK": k, "RECOMPUTE": True},
+        **options,
+    )
+    weight = cross_compile(
+        gemm.weight_gradient_kernel,
+        arch,
+        {"dgates": BF16, "source": BF16, "partial": FP32},
+        {"P": p, "ROWS": 32, "BK": 64, "HIDDEN": False},
+        **options,
+    )
+    for r in (project, weight):
+        assert_launchable(r, arch)
+        assert set(re.findall(r"LDGSTS\.\S+", r.sass)) == {"LDGSTS.E.BYPASS.128"}
+
+
+def test_padded_work() -> None:
+    """Tensor-core work over the paper's 12 LSTMs, relative to the useful: at most 1.27 forward, 1.36 backward."""
+    useful = sum(s.groups * 4 * s.hidden**2 for s in PAPER)
+    ps = plans(PAPER, BF16, 80)
+    streamed, resident = ps
+    assert (streamed.chunks, streamed.pieces, streamed.wide) == (
+        7,
+        ((0, 128), (128, 64), (192, 16)),
+        ((0, 128), (128, 64), (192, 32)),
+    )
+    rest = resident.groups * 4 * resident.padded**2
+    forward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.pieces) + rest
+    backward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.wide) + rest
+    assert forward_work <= 1.27 * useful and backward_work <= 1.36 * useful
+
+
+@pytest.mark.parametrize("kernel", [fused.forward_kernel, fused.backward_kernel, gemm.project_kernel])
+def test_one_binary_for_every_batch_size(kernel: Any) -> None:
+    """The batch is no part of what a launch is specialised on."""
+    backend = make_backend(GPUTarget("cuda", 80, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    constants = {"P", "PLANS", "STATES", "GATES", "R", "ROWS", "BK", "RECOMPUTE"}
+    sizes = {"batch", "padded_batch"}
+    specialised = []
+    for batch in (1, 5, 16, 17, 256):
+        values = {
+            n: batch if n in sizes else 1 if n in constants else torch.empty(16) for n in kernel.arg_names
+        }
+        specialised.append(bind(*values.values(), debug=False)[1])
+    assert all(s == specialised[0] for s in specialised)

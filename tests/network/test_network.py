@@ -1,0 +1,154 @@
+"""The networks: what they compute, what they leave alone when frozen, and whose weights they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from fastnet.config import Config
+from fastnet.errors import InputError
+from fastnet.network.network import Network
+from fastnet.network.weights import load_backbone
+from fastnet.training import checkpoint
+
+
+def images(config: Config, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = config.image_size
+    return torch.randn(batch, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
+
+
+def torchvision_stages(network: Network, depth: int, x: Tensor) -> dict[str, Tensor]:
+    resnet = torchvision.models.get_model(f"resnet{depth}").eval()
+    resnet.load_state_dict(
+        network.backbone.state_dict(), strict=False
+    )  # the network drops what it does not use
+    return create_feature_extractor(resnet, {f"layer{i}": f"conv{i + 1}" for i in (1, 2, 3, 4)})(x)
+
+
+def test_baseline_is_torchvisions_resnet_with_another_last_layer() -> None:
+    torch.manual_seed(0)
+    network = Network(Config(image_size=64), classes=7).eval()
+    resnet = torchvision.models.resnet18(num_classes=7).eval()
+    resnet.load_state_dict(
+        {
+            **network.backbone.state_dict(),
+            **{f"fc.{k}": v for k, v in network.classifier.state_dict().items()},
+        }
+    )
+    x = images(Config(image_size=64))
+    torch.testing.assert_close(network(x), resnet(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depth", "stages", "seq_len"),
+    [(18, ("conv4", "conv5"), 64), (18, ("conv3", "conv4"), 128), (50, ("conv5",), 64)],
+)
+def test_lstm_network_is_an_lstm_per_group_of_channels(
+    depth: int, stages: tuple[str, ...], seq_len: int
+) -> None:
+    """Against the paper's words: groups of channels, a step per channel, the last hidden states side by side."""
+    config = Config(network="lstm", depth=depth, image_size=64, stages=stages, seq_len=seq_len)
+    torch.manual_seed(0)
+    network = Network(config, classes=7).eval()
+    x = images(config)
+    assert network.lstm is not None
+    lstms = iter(network.lstm.to_lstms())
+    with torch.no_grad():
+        maps = torchvision_stages(network, depth, x)
+        states = []
+        for stage in sorted(stages):
+            for group in maps[stage].flatten(2).split(seq_len, dim=1):  # [B, T, H*W]
+                _, (h, _) = next(lstms)(group)
+                states.append(h[0])
+        expected = nn.functional.linear(
+            torch.cat(states, 1), network.classifier.weight, network.classifier.bias
+        )
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+    assert next(lstms, None) is None
+
+
+def test_paper_sizes() -> None:
+    config = Config(network="lstm")
+    assert config.lstm_stages == [(4, 64, 196), (8, 64, 49)]
+    assert Network(config, 200).classifier.in_features == 1176
+
+
+def test_frozen_backbone_stays_and_has_no_backward() -> None:
+    torch.manual_seed(0)
+    config = Config(network="lstm", image_size=32)
+    network = Network(config, classes=3)
+    network.freeze_backbone(True)
+    network.train()
+    before = {k: v.clone() for k, v in network.backbone.state_dict().items()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for _ in range(2):
+        loss = network(images(config, 4)).square().sum()
+        loss.backward()
+        optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in network.backbone.state_dict().items())
+    assert all(p.grad is None for p in network.backbone.parameters())
+    assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+    network.freeze_backbone(False)
+    network(images(config, 4)).sum().backward()
+    assert not torch.equal(network.backbone.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_first_convolution_reads_the_given_memory() -> None:
+    """No copy, whatever its kind, between the pipeline's images and the first convolution."""
+    config = Config(image_size=64)
+    network, x = Network(config, 3).eval(), images(config)
+    seen: list[tuple[str, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if isinstance(args[0], Tensor):
+                seen.append((str(func), args[0].data_ptr()))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        network(x)
+    assert seen[0] == ("aten.convolution.default", x.data_ptr())
+    with pytest.raises(ValueError, match="channels_last"):
+        network(x.contiguous())
+
+
+def test_weights_from_a_torchvision_file(tmp_path: Path) -> None:
+    source = torchvision.models.resnet18()
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    network = Network(Config(network="lstm", image_size=64), 5)
+    load_backbone(network, 18, str(tmp_path / "resnet.pth"))
+    for name, tensor in network.backbone.state_dict().items():
+        assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    network = Network(Config(image_size=64), 5)
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "deep.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "fc.pth")
+    (tmp_path / "noise.pth").write_bytes(b"PK\x03\x04 not a zip")
+    cases = {
+        "deep.pth": r"layer1.0.conv1.weight is \[64, 64, 1, 1\], ResNet-18 has \[64, 64, 3, 3\]",
+        "fc.pth": "has no tensor conv1.weight",
+        "noise.pth": "not a readable PyTorch file",
+        "none.pth": "no such file",
+    }
+    for file, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            load_backbone(network, 18, str(tmp_path / file))
+
+
+def test_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
+    baseline = Network(Config(image_size=64), 5)
+    lstm = Network(Config(network="lstm", image_size=64), 5)
+    with pytest.raises(InputError, match=r"x\.pt: a checkpoint of another network: lstm"):
+        checkpoint.load_model(lstm, tmp_path / "x.pt", {"model": baseline.state_dict()})

@@ -1,0 +1,71 @@
+"""Proves that Tiny ImageNet at full size prepares in two minutes and 1 GB: python -m tests.trials.prepare_full
+
+Generates a zip in the official layout (100,000 training, 10,000 val and 10,000 test JPEGs of about 2 KB, no two
+alike), prepares it with the command that users run, and keeps time and peak memory with the machine's name.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import PIL
+
+from benchmarks.harness import write_result
+from fastnet.data.prepared import open_set
+from tests.support.official import jpeg, official_files, write_zip
+
+CLASSES, TRAIN, VAL, TEST = 200, 500, 10_000, 10_000
+COMMAND = """
+import sys
+from pathlib import Path
+from fastnet.prepare import main
+main(sys.argv[1:])
+print(Path("/proc/self/status").read_text())
+"""
+MOST_SECONDS, MOST_BYTES = 120, 1e9
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "tiny-imagenet-200.zip"
+        print("generating the zip: some minutes", file=sys.stderr, flush=True)
+        files = official_files(CLASSES, TRAIN, VAL, TEST, lambda i: jpeg(i, grey=i % 55 == 0, quality=85))
+        size = write_zip(archive, files).stat().st_size
+        seconds, peak = measured(archive, Path(folder) / "set")
+        count = {name: len(split) for name, split in open_set(Path(folder) / "set").splits.items()}
+    values = {
+        "pillow": PIL.__version__,
+        "images": count,
+        "zip_bytes": size,
+        "seconds": round(seconds, 1),
+        "images_per_s": round(sum(count.values()) / seconds),
+        "peak_rss_mb": round(peak / 1e6),
+        "bounds": {"seconds": MOST_SECONDS, "peak_rss_mb": MOST_BYTES / 1e6},
+    }
+    path = write_result("prepare_full", values)
+    print(path.read_text(), path, sep="")
+    if seconds > MOST_SECONDS or peak > MOST_BYTES:
+        sys.exit("over the bounds")
+
+
+def measured(archive: Path, out: Path) -> tuple[float, int]:
+    """(seconds, peak resident bytes) of the command: one process, whose work is in threads.
+
+    The process reads its own peak: what the system reports to a parent counts the parent's memory too.
+    """
+    line = [sys.executable, "-c", COMMAND, str(archive), "--out", str(out)]
+    started = time.perf_counter()
+    done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - started
+    peak = re.search(r"VmHWM:\s*(\d+) kB", done.stdout)
+    assert peak is not None
+    return seconds, int(peak[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
