@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad input, 1 anything else.
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from fastnet.errors import InputError, LostError
+from fastnet.errors import InputError, LostError, is_disk_full, refused
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,13 +63,9 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
             traceback.print_exc()
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
-        where = error.filename or "the output directory"
-        fail(
-            f"{where}: no space left on the disk; free some and run the same command again",
-            debug="--debug" in argv,
-        )
+        fail(str(refused(error, error.filename or "the output directory")), debug="--debug" in argv)
     sys.exit(0)
 
 

@@ -1,4 +1,9 @@
+"""The errors that end a command with one line instead of a traceback (see `cli.run_command`)."""
+
 from __future__ import annotations
+
+import errno
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -6,4 +11,20 @@ class InputError(Exception):
 
 
 class LostError(Exception):
-    """Other ranks are gone, or ask this one to start anew. The message is one line; every rank says its own."""
+    """Other ranks are gone, or another host was told to stop. One line; every rank prints its own."""
+
+
+def is_disk_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def refused(error: OSError, path: Path | str, *, full: str = "") -> InputError:
+    """What the file system refused, as an `InputError`. `path` is named where the error itself names no file.
+
+    `full` says what became of the work on a full disk, and what to do.
+    """
+    if is_disk_full(error):
+        return InputError(
+            f"{path}: no space left on the disk; {full or 'free some space and run the same command again'}"
+        )
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place")
