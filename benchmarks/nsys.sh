@@ -2,7 +2,7 @@
 # Records a run with Nsight Systems, one file per rank: OUT/rank0.nsys-rep and so on (OUT: runs/profiles, or $OUT).
 #
 #   benchmarks/nsys.sh python fastnet/train.py --network lstm --profile-steps 20:25 --max-steps 25
-#   torchrun --nproc_per_node=8 --no-python -- benchmarks/nsys.sh python fastnet/train.py --profile-steps 20:25 --max-steps 25
+#   torchrun --nproc_per_node=8 --no-python benchmarks/nsys.sh python fastnet/train.py --profile-steps 20:25 --max-steps 25
 #
 # Without --profile-steps nothing opens the window and nothing is recorded. $NSYS: another nsys; $NSYS_FLAGS: more flags.
 set -eu

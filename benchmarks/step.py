@@ -16,7 +16,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +31,12 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.pipeline import Source, loader, pil_dataset
+from fastnet import train
 from fastnet.cli import run_command
 from fastnet.config import Config, paper
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, solo
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
@@ -269,22 +270,12 @@ def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> No
 
 def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps: int) -> float:
     """Images/s of a real run by its median step."""
-    root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [
-            "--",
-            str(root / "fastnet" / "train.py"),
-            "sample",
-            "--network",
-            "lstm",
-            "--head-epochs",
-            "0",
-        ]
-        command += ["--data", str(data.path), "--run-dir", str(run), "--image-size", str(size)]
-        command += ["--batch-size", str(share * ranks), "--max-steps", str(steps)]
-        command += [] if torch.cuda.is_available() else ["--threads", "1"]
+        flags = ["sample", "--network", "lstm", "--head-epochs", 0, "--data", data.path, "--run-dir", run]
+        flags += ["--image-size", size, "--batch-size", share * ranks, "--max-steps", steps]
+        flags += [] if torch.cuda.is_available() else ["--threads", 1]
+        command = launch_command(Path(train.__file__), flags, ranks=ranks)
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         lines = [
             json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -8,4 +8,4 @@ if [[ $ranks == 1 ]]; then
 fi
 # The address of its own: a container's name need not be one that the container can look up.
 exec torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node="$ranks" --max-restarts=3 --shutdown-timeout=120 \
-    -m -- fastnet.train "$@"
+    -m fastnet.train "$@"

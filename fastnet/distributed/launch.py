@@ -8,10 +8,14 @@ from pathlib import Path
 
 
 def launch_command(
-    script: Path, arguments: Sequence[object], *, ranks: int, options: Sequence[str] = ("--standalone",)
+    script: Path, arguments: Sequence[object], *, ranks: int, options: Sequence[str] = ()
 ) -> list[str]:
-    """`python script arguments` for one rank, else the same under torchrun with its `options`."""
+    """`python script arguments` for one rank, else the same under torchrun on this machine.
+
+    With `options` of torchrun's own it is torchrun for any number of ranks, and `--standalone` is up to them.
+    """
     command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", *options, f"--nproc_per_node={ranks}"]
+    if ranks > 1 or options:
+        torchrun = options or ["--standalone"]
+        command += ["-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={ranks}"]
     return [*command, str(script), *map(str, arguments)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fastnet.config import Config, sample
+from fastnet.distributed.launch import launch_command
 from fastnet.distributed.lock import RunLock
 from fastnet.errors import InputError
 from fastnet.training import checkpoint
@@ -80,20 +81,9 @@ def test_a_lost_rank_ends_the_other_in_time(
 def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: Path) -> None:
     """Twice: torchrun keeps its store, and the new ranks must not take the addresses of dead ones from it."""
     run = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    flags = [
-        *TINY,
-        "--data",
-        str(tiny_set),
-        "--run-dir",
-        str(run),
-        "--checkpoint-every",
-        "3",
-        "--timeout",
-        "20",
-    ]
+    flags = [*TINY, "--data", tiny_set, "--run-dir", run, "--checkpoint-every", 3, "--timeout", 20]
     with subprocess.Popen(
-        [*torchrun, "--max-restarts=2", "--", str(SCRIPT), *flags],
+        launch_command(SCRIPT, flags, ranks=2, options=["--standalone", "--max-restarts=2"]),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,

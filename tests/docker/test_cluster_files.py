@@ -1,6 +1,6 @@
 """The files for clusters: what docker/slurm.sbatch does in bash, and docker/kubernetes.yaml against its schema.
 
-The job as a whole runs on a real Slurm in benchmarks/slurm.py; here, stand-ins for Slurm's commands run what they are
+The job as a whole runs on a real Slurm in tests/trials/slurm.py; here, stand-ins for Slurm's commands run what they are
 given on this machine.
 """
 
@@ -196,7 +196,7 @@ def test_a_job_starts_an_agent_per_node(job: Callable[..., Any], tmp_path: Path)
     assert steps == ["srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none"] * 2
     assert torchrun == (
         "torchrun 8 is_host=1 --nnodes=2 --rdzv-backend=c10d --rdzv-id=20007 --rdzv-endpoint=10.0.0.1:10007 "
-        f"--max-restarts=3 --shutdown-timeout=120 -m -- fastnet.train paper --run-dir runs/a b --data {copied}"
+        f"--max-restarts=3 --shutdown-timeout=120 -m fastnet.train paper --run-dir runs/a b --data {copied}"
     )
 
 
@@ -343,7 +343,7 @@ def test_the_manifest_refers_to_what_it_has() -> None:
         volume["persistentVolumeClaim"] for volume in volumes.values() if "persistentVolumeClaim" in volume
     ]
     assert {f"PersistentVolumeClaim {claim['claimName']}" for claim in claimed} == {
-        name for name in known if "RunLock" in name
+        name for name in known if "Claim" in name
     }
 
 

@@ -1,4 +1,4 @@
-"""docker/: what can be said of the images without building them. They are built in benchmarks/container.py."""
+"""docker/: what can be said of the images without building them. They are built in tests/trials/container.py."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
+from fastnet.distributed.launch import launch_command
 from tests.support.paths import SCRIPT
 
 PORT = 29400
@@ -34,7 +34,7 @@ def ip(*words: object) -> str:
 
 
 class Hosts:
-    """`count` hosts, the first of which keeps torchrun's meeting place. Leaving ends all that runs on them."""
+    """`count` hosts, the first of which runs torchrun's rendezvous. Leaving ends all that runs on them."""
 
     def __init__(self, count: int, logs: Path) -> None:
         self.count, self.logs = count, logs
@@ -94,16 +94,16 @@ class Hosts:
     def start(self, host: int, least: int, job: str, *flags: object, restarts: int = 3) -> None:
         """Starts torchrun on `host`: train.py with `flags`, on `least` to `count` hosts."""
         torchrun = [
-            *("--nnodes", f"{least}:{self.count}", "--nproc-per-node", "1", "--max-restarts", str(restarts)),
+            *("--nnodes", f"{least}:{self.count}", "--max-restarts", str(restarts)),
             *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{self.address(0)}:{PORT}", "--rdzv-id", job),
-            # These hosts share one name, by which torchrun would otherwise tell where the meeting place is.
+            # These hosts share one name, by which torchrun would otherwise tell where the rendezvous is.
             *(
                 "--rdzv-conf",
                 f"is_host={int(host == 0)},keep_alive_interval={HEARTBEAT},last_call_timeout={LAST_CALL}",
             ),
             *("--local-addr", self.address(host)),
         ]
-        line = [sys.executable, "-m", "torch.distributed.run", *torchrun, "--", str(SCRIPT), *map(str, flags)]
+        line = launch_command(SCRIPT, flags, ranks=1, options=torchrun)
         file = (self.logs / f"host{host}.log").open("a")
         self.files.append(file)
         self.agents[host] = subprocess.Popen(

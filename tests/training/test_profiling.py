@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastnet import train
+from fastnet.distributed.launch import launch_command
 from fastnet.errors import InputError
 from fastnet.training.checkpoint import load
+from tests.support.paths import SCRIPT
 
 FLAGS = "sample --network lstm --image-size 32 --batch-size 8 --epochs 1 --head-epochs 0 --threads 1"
 RANGES = ("data", "forward", "backbone", "lstm", "backward", "optimizer")
@@ -65,9 +66,8 @@ def test_a_trace_that_cannot_be_written(tiny_set: Path, tmp_path: Path) -> None:
 
 def test_a_file_per_rank(tiny_set: Path, tmp_path: Path) -> None:
     """With two ranks each writes its own, and the gradients' all-reduce shows."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
-    given = ["--data", str(tiny_set), "--run-dir", str(tmp_path / "run"), "--profile-steps", "1:2"]
-    line = [*torchrun, str(Path(train.__file__)), *FLAGS.split(), *given, "--max-steps", "2"]
+    given = ["--data", tiny_set, "--run-dir", tmp_path / "run", "--profile-steps", "1:2", "--max-steps", 2]
+    line = launch_command(SCRIPT, [*FLAGS.split(), *given], ranks=2)
     done = subprocess.run(line, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for rank in range(2):

@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.harness import write_result
 from fastnet.data.prepared import open_set
+from fastnet.distributed.launch import launch_command
 from fastnet.training.checkpoint import load
 from tests.support.paths import SCRIPT
 from tests.support.runs import assert_same_end, children, wait_for_step
@@ -74,16 +75,8 @@ def main() -> None:
 
 
 def command(ranks: int, data: Path, run: Path) -> list[str]:
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "--max-restarts=1",
-        "--",
-    ]
-    script = [str(SCRIPT), *FLAGS, "--data", str(data), "--run-dir", str(run)]
-    return [sys.executable, *(torchrun if ranks > 1 else []), *script]
+    options = ["--standalone", "--max-restarts=1"] if ranks > 1 else []
+    return launch_command(SCRIPT, [*FLAGS, "--data", data, "--run-dir", run], ranks=ranks, options=options)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import write_result
+from fastnet.distributed.launch import launch_command
 from tests.support.hosts import HEARTBEAT, Hosts
 from tests.support.paths import SCRIPT
 from tests.support.runs import assert_same_end, events, wait_for_step
@@ -58,9 +59,8 @@ def main() -> None:
 
 
 def one_host(ranks: int, data: Path, run: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--", str(SCRIPT)]
-    line = [sys.executable, *torchrun, *FLAGS, "--data", str(data), "--run-dir", str(run)]
-    subprocess.run(line, check=True)
+    flags = [*FLAGS, "--data", data, "--run-dir", run]
+    subprocess.run(launch_command(SCRIPT, flags, ranks=ranks), check=True)
 
 
 def undisturbed(count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import about, results_dir, write_csv, write_result
+from fastnet.distributed.launch import launch_command
 from tests.support.official import jpeg, official_files, write_folder
 from tests.support.paths import SCRIPT
 from tests.support.runs import events, wait_for_step
@@ -50,9 +51,8 @@ def main() -> None:
 
 def watch(place: Path, epochs: int) -> list[dict[str, Any]]:
     """Trains, and reads the processes' state after each epoch's first step: behind evaluation and save."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "--", str(SCRIPT)]
-    line = [sys.executable, *torchrun, *FLAGS.split(), "--epochs", str(epochs)]
-    line += ["--data", str(place / "set"), "--run-dir", str(place / "run")]
+    flags = [*FLAGS.split(), "--epochs", epochs, "--data", place / "set", "--run-dir", place / "run"]
+    line = launch_command(SCRIPT, flags, ranks=RANKS)
     rows = []
     with subprocess.Popen(line, stderr=subprocess.DEVNULL) as agent:
         for epoch in range(1, epochs):

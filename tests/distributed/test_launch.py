@@ -1,0 +1,46 @@
+"""torchrun's command line: the flags of train.py stand behind the script and are never taken for torchrun's own."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from fastnet import train
+from fastnet.distributed.launch import launch_command
+from tests.support.paths import SCRIPT
+
+
+def flags_of_train(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Every long flag that `train.py --help` names."""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    found = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out)))
+    assert {"--network", "--batch-size", "--data", "--run-dir", "--json"} <= set(found)
+    return found
+
+
+def test_torchrun_leaves_the_scripts_flags_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse looks for options behind the script too: `--run` would be an abbreviation of `--run-path`."""
+    for flag in flags_of_train(capsys):
+        for words in ([flag, "x"], [f"{flag}=x"]):
+            for script in (["fastnet/train.py"], ["-m", "fastnet.train"]):
+                given = ["--nproc_per_node=8", *script, "paper", *words]
+                assert get_args_parser().parse_args(given).training_script_args == ["paper", *words], flag
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "torchrun"),
+    [
+        (1, [], []),
+        (2, [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
+        (1, ["--nnodes=2"], ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]),
+    ],
+)
+def test_the_command_line(ranks: int, options: list[str], torchrun: list[str]) -> None:
+    arguments = ["--run-dir", Path("a b"), "--seed", 3]
+    line = launch_command(SCRIPT, arguments, ranks=ranks, options=options)
+    assert line == [sys.executable, *torchrun, str(SCRIPT), "--run-dir", "a b", "--seed", "3"]
