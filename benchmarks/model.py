@@ -2,7 +2,7 @@
 
     python -m benchmarks.lstm --model
 
-Counts come from running the compiled sm_80 code on the CPU (tests/ptxrun) for one group and one tile of the batch
+Counts come from running the compiled sm_80 code on the CPU (kernels/ptxrun) for one group and one tile of the batch
 at two lengths: between them every count is a straight line in the steps, which gives the whole call. Registers and
 shared memory come from cross-compiling for each architecture. A bound is the largest of the times that one resource
 needs at its full rate; a kernel cannot be faster, and may be slower: latencies, and resources that wait for each other,
@@ -12,7 +12,6 @@ GEMMs than the sm_80 code that is counted.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from fastnet_kernels import ChannelGroupLSTM, Stage, fused, launch, plan
-
-sys.path.append(
-    str(Path(__file__).resolve().parent.parent / "tests")
-)  # the executor and cross-compiler live there
+from fastnet_kernels import ChannelGroupLSTM, Stage, fused, gemm, launch, plan
+from ptxrun import cross_compile, execute_ptx
 
 STAGES = {"conv4": Stage(4, 64, 196), "conv5": Stage(8, 64, 49)}  # the paper's
 STEPS = (8, 16)  # with a tile of 16 images these are whole tiles of every kernel
@@ -60,16 +56,11 @@ RESOURCES = ("tensor", "issue", "shared", "l2", "dram")
 
 def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
     """What forward and backward of one group and 16 images do, by kernel."""
-    import pytest
-
-    from tests.support.kernels import execute_ptx
-
     batch = plan.BATCH_TILE
     module = ChannelGroupLSTM([(1, steps, hidden)])
     x = torch.randn(batch, hidden, 1, steps).to(DTYPE).permute(0, 3, 1, 2)  # [B, T, H, 1] channels_last
     dout = torch.randn(batch, hidden).to(DTYPE)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        runs = execute_ptx(patch)
+    with torch.no_grad(), execute_ptx(fused, gemm) as runs:
         given = ([x], module.weights(), module.stages)
         _, gates, h, c = launch.forward(*given, save=True, recompute=False)
         launch.backward(dout, *given, gates, h, c, needs_dx=True)
@@ -155,8 +146,6 @@ def bound(
 
 def static(arch: int) -> dict[str, dict[str, int]]:
     """Registers a thread, bytes of shared memory and instructions in the code of the recurrent kernels."""
-    from tests.support.kernels import cross_compile
-
     plans = plan.plan(tuple(STAGES.values()), DTYPE, arch, save=True)
     kinds = dict.fromkeys(("gates", "h", "w", "out", "dout", "dgates"), DTYPE) | dict.fromkeys(
         ("c", "dh", "dc"), torch.float32

@@ -1,8 +1,10 @@
-"""Compile Triton kernels for sm_80, without a GPU, and run them."""
+"""Compile Triton kernels for sm_80, without a GPU, and run them, alone or inside the program that launches them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -84,3 +86,35 @@ def as_tensor(x: Any) -> Any:
         return x
     tensor = torch.from_numpy(x)
     return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
+
+
+class Executed:
+    """Stands in for a kernel: kernel[grid](...) runs its PTX, and the launch's Stats are kept."""
+
+    def __init__(self, kernel: Any, runs: dict[str, list[Stats]], **options: Any) -> None:
+        self.kernel, self.runs, self.options = kernel, runs, options
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            stats = run_triton(self.kernel, grid, *args, **kwargs, **self.options)
+            self.runs.setdefault(self.kernel.__name__, []).append(stats)
+
+        return run
+
+
+@contextmanager
+def execute_ptx(*modules: ModuleType, **options: Any) -> Iterator[dict[str, list[Stats]]]:
+    """Within the block, launches of the modules' kernels (named ..._kernel) run their PTX on CPU tensors.
+
+    Yields kernel name -> Stats of its launches, filled as they come. Options are those of `run_triton`.
+    """
+    runs: dict[str, list[Stats]] = {}
+    found = [(m, name) for m in modules for name in vars(m) if name.endswith("_kernel")]
+    kept = [(module, name, getattr(module, name)) for module, name in found]
+    for module, name, kernel in kept:
+        setattr(module, name, Executed(kernel, runs, **options))
+    try:
+        yield runs
+    finally:
+        for module, name, kernel in kept:
+            setattr(module, name, kernel)

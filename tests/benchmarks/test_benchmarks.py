@@ -23,7 +23,7 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.streams import Batch
 from fastnet_kernels import Stage
-from tests.support.kernels import execute_ptx
+from tests.support.kernels import executed
 from tests.support.paths import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -105,13 +105,13 @@ def test_providers_agree_with_float64(name: str) -> None:
         assert [lap for lap, _ in laps.marks] == ["start", "forward", "backward"]
 
 
-def test_the_recurrent_launches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recurrent_launches_alone() -> None:
     """The GPU's provider, its compiled kernels run on the CPU: it gives them what they take, and no more."""
-    runs = execute_ptx(monkeypatch)
     p = Problem([(1, 2, 16), (1, 2, 4)], 3, torch.bfloat16, CPU)
-    provider = lstm_providers.fused_recurrent(p)
-    assert provider.backward is not None
-    provider.backward(provider.forward())
+    with executed() as runs:
+        provider = lstm_providers.fused_recurrent(p)
+        assert provider.backward is not None
+        provider.backward(provider.forward())
     assert {name: len(stats) for name, stats in runs.items()} == {"forward_kernel": 1, "backward_kernel": 1}
     assert not any(stats.races for (stats,) in runs.values())
 

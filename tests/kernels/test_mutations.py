@@ -13,7 +13,7 @@ import torch
 import fastnet_kernels
 from fastnet_kernels import ChannelGroupLSTM, naive
 from ptxrun import MemoryFault
-from tests.support.kernels import execute_ptx, failures, feature_maps, interpreted
+from tests.support.kernels import executed, failures, feature_maps, interpreted
 
 SOURCE = Path(fastnet_kernels.__file__).parent
 pytestmark = pytest.mark.filterwarnings(
@@ -85,8 +85,7 @@ def test_wrong_numbers(
 def test_dropped_masks(change: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutants that leave their buffers, in the executed PTX."""
     launch = mutant(tmp_path, monkeypatch, {"fused": change})
-    execute_ptx(monkeypatch, launch)
-    with pytest.raises(MemoryFault, match="out"):
+    with executed(launch), pytest.raises(MemoryFault, match="out"):
         failures(launch, [(1, 2, 4)], 2, torch.float16)
 
 
@@ -136,7 +135,7 @@ def test_races(
 ) -> None:
     """Mutants that the executed PTX shows to be races, whatever numbers come out."""
     launch = mutant(tmp_path, monkeypatch, change)
-    runs = execute_ptx(monkeypatch, launch)
-    failures(launch, [(1, 3, 68)], 2, torch.bfloat16)
+    with executed(launch) as runs:
+        failures(launch, [(1, 3, 68)], 2, torch.bfloat16)
     racing = {name for name, kernel_runs in runs.items() for stats in kernel_runs if stats.races}
     assert racing == ({kernel} if kernel else set())

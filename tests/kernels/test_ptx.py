@@ -7,7 +7,7 @@ import torch
 
 from fastnet_kernels import ChannelGroupLSTM, launch
 from ptxrun import Stats
-from tests.support.kernels import execute_ptx, failures, feature_maps
+from tests.support.kernels import executed, failures, feature_maps
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -22,11 +22,11 @@ def assert_clean(runs: dict[str, list[Stats]]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_sizes_of_the_paper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     """Two launches in all; the recurrent work and W_hh traffic exactly as computed from the tiles."""
-    runs = execute_ptx(monkeypatch)
     steps = 4
-    assert not failures(launch, [(1, steps, 196), (2, steps, 49)], 5, dtype)
+    with executed() as runs:
+        assert not failures(launch, [(1, steps, 196), (2, steps, 49)], 5, dtype)
     assert_clean(runs)
     (forward,), (backward,) = runs["forward_kernel"], runs["backward_kernel"]
     # m16n8k16 instructions. H = 196: 7 chunks of 128 columns, K = 208 forward; N = 224 backward, not at t = 0.
@@ -53,15 +53,11 @@ def test_sizes_of_the_paper(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_random_schedules(
-    stages: list[tuple[int, int, int]],
-    batch: int,
-    dtype: torch.dtype,
-    recompute: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    stages: list[tuple[int, int, int]], batch: int, dtype: torch.dtype, recompute: bool
 ) -> None:
     """Warps and thread blocks in random order: a missing barrier gives wrong numbers besides being reported."""
-    runs = execute_ptx(monkeypatch, schedule="random", seed=1)
-    assert not failures(launch, stages, batch, dtype, recompute=recompute)
+    with executed(schedule="random", seed=1) as runs:
+        assert not failures(launch, stages, batch, dtype, recompute=recompute)
     assert_clean(runs)
 
 
@@ -72,14 +68,11 @@ def test_random_schedules(
         pytest.param([(1, 3, 37)], FP32, id="blocked-fp32"),
     ],
 )
-def test_inference(
-    stages: list[tuple[int, int, int]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inference(stages: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
     """h and c in two slots used in turn: no race, and the output of training to the rounding of the dtype."""
-    runs = execute_ptx(monkeypatch, schedule="random", seed=2)
     module = ChannelGroupLSTM(stages)
     x = [f.to(dtype).contiguous(memory_format=torch.channels_last) for f in feature_maps(stages, 17)]
-    with torch.no_grad():
+    with torch.no_grad(), executed(schedule="random", seed=2) as runs:
         y, *saved = launch.forward(x, module.weights(), module.stages, save=False, recompute=False)
         expected = launch.forward(x, module.weights(), module.stages, save=True, recompute=False)[0]
     assert all(t.numel() == 0 for t in saved)

@@ -14,7 +14,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastnet_kernels import Stage, fused, gemm, launch
 from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
-from tests.support.kernels import Resources, cross_compile
+from ptxrun import Resources, cross_compile
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import triton
 from torch import Tensor, nn
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 import fastnet_kernels
 from fastnet_kernels import ChannelGroupLSTM, Stage, launch, op
-from ptxrun import Stats, run_triton
+from ptxrun import Stats, execute_ptx
 
 
 @cache
@@ -88,75 +82,9 @@ def parameters_of(lstms: Sequence[nn.LSTM]) -> list[nn.Parameter]:
     return [p for lstm in lstms for p in lstm.parameters()]
 
 
-class Resources(NamedTuple):
-    """What a cross-compiled kernel takes of a GPU, and its machine code."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int
-    sass: str
-
-    def count(self, instruction: str) -> int:
-        """How many instructions match the pattern."""
-        return len(re.findall(rf"\b{instruction}", self.sass))
-
-
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-
-
-def cross_compile(
-    kernel: Any, arch: int, pointers: dict[str, torch.dtype], constants: dict[str, Any], **options: Any
-) -> Resources:
-    """Compiles for sm_`arch` without a GPU, as a launch with 16-byte aligned pointers and any sizes would."""
-    names = kernel.arg_names
-    signature = {
-        n: "constexpr" if n in constants else POINTERS[pointers[n]] if n in pointers else "i32" for n in names
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in pointers},
-    )
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-
-        def tool(*command: str) -> str:
-            arguments = [str(tools / command[0]), *command[1:], file.name]
-            return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", tool("cuobjdump", "-res-usage"))
-        assert usage is not None
-        return Resources(*map(int, usage.groups()), binary.metadata.shared, tool("nvdisasm", "-c"))
-
-
-class Executed:
-    """Stands in for a kernel: the launch runs its compiled sm_80 PTX on the CPU, and its Stats are kept."""
-
-    def __init__(self, kernel: Any, runs: dict[str, list[Stats]], **options: Any) -> None:
-        self.kernel, self.runs, self.options = kernel, runs, options
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            stats = run_triton(self.kernel, grid, *args, **kwargs, **self.options)
-            self.runs.setdefault(self.kernel.__name__, []).append(stats)
-
-        return run
-
-
-def execute_ptx(
-    patch: pytest.MonkeyPatch, launch: ModuleType = launch, **options: Any
-) -> dict[str, list[Stats]]:
-    """From here on the launch module runs PTX on the CPU; returns the kernels' Stats as they come."""
-    runs: dict[str, list[Stats]] = {}
-    for module in (launch.fused, launch.gemm):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            patch.setattr(module, name, Executed(getattr(module, name), runs, **options))
-    return runs
+def executed(launch: ModuleType = launch, **options: Any) -> AbstractContextManager[dict[str, list[Stats]]]:
+    """Within the block the launch module's kernels run their compiled PTX on the CPU."""
+    return execute_ptx(launch.fused, launch.gemm, **options)
 
 
 class Failure(NamedTuple):
