@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnet import train
 from fastnet.prepare import main as prepare_main
 from tests.support.official import jpeg, official_files, write_folder
 
@@ -19,6 +20,27 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_folder(directory / "source", files) / "tiny-imagenet-200"
     prepare_main([str(source), "--out", str(directory / "set")])
     return directory / "set"
+
+
+@pytest.fixture(scope="session")
+def set_without_test_split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_set`, without test images."""
+    directory = tmp_path_factory.mktemp("no-test")
+    files = official_files(3, 14, 10, 0, lambda i: jpeg(i, size=32))
+    source = write_folder(directory / "source", files) / "tiny-imagenet-200"
+    prepare_main([str(source), "--out", str(directory / "set")])
+    return directory / "set"
+
+
+@pytest.fixture(scope="session")
+def runs(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The baseline and the LSTM network after an epoch of three steps; a test that changes one copies it first."""
+    directory = tmp_path_factory.mktemp("runs")
+    common = ["sample", "--data", str(tiny_set), "--image-size", "32", "--batch-size", "14"]
+    common += ["--head-epochs", "0", "--epochs", "1", "--lr", "0.005"]
+    for network in ("baseline", "lstm"):
+        train.main([*common, "--network", network, "--run-dir", str(directory / network)])
+    return [directory / "baseline", directory / "lstm"]
 
 
 @pytest.fixture(autouse=True)

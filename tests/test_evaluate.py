@@ -1,0 +1,48 @@
+"""The evaluate command: the numbers that training recorded, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnet import evaluate
+from fastnet.errors import InputError
+
+
+@pytest.mark.parametrize("batch_size", [3, 128])
+def test_evaluate_repeats_what_training_measured(tiny_set: Path, runs: list[Path], batch_size: int) -> None:
+    for run in runs:
+        recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert recorded["event"] == "epoch"
+        flags = ["--checkpoint", "last", "--batch-size", str(batch_size)]
+        result = evaluate.main([str(run), "--data", str(tiny_set), *flags])
+        assert result["count"] == 10
+        assert (result["top1"], result["top5"]) == (recorded["val_top1"], recorded["val_top5"])
+        assert result["correct1"] == round(10 * recorded["val_top1"])
+        # Both round logits below 2^5 and their exponentials to 24 bits, and sum them in another order.
+        assert result["loss"] == pytest.approx(recorded["val_loss"], abs=8 * 2**5 * 2**-24)
+
+
+def test_evaluate_as_a_command_prints_json_last(tiny_set: Path, runs: list[Path]) -> None:
+    command = [sys.executable, "-m", "fastnet.evaluate", str(runs[0]), "--data", str(tiny_set), "--json"]
+    done = subprocess.run([*command, "--split", "train"], capture_output=True, text=True, check=True)
+    line, last = done.stdout.splitlines()
+    assert line.startswith("baseline (best, step 3) on 42 train images: top-1 ")
+    assert json.loads(last)["count"] == 42
+
+
+def test_split_without_labels_is_refused(tiny_set: Path, runs: list[Path]) -> None:
+    with pytest.raises(InputError, match="set: its test split has no labels"):
+        evaluate.main([str(runs[0]), "--data", str(tiny_set), "--split", "test"])
+
+
+def test_bad_values_are_named(tiny_set: Path, set_without_test_split: Path, runs: list[Path]) -> None:
+    run = str(runs[0])
+    with pytest.raises(InputError, match="--batch-size"):
+        evaluate.main([run, "--data", str(tiny_set), "--batch-size", "0"])
+    with pytest.raises(InputError, match="set: has no test split; choose one of train, val"):
+        evaluate.main([run, "--data", str(set_without_test_split), "--split", "test"])

@@ -1,0 +1,116 @@
+"""The predict command: the server's file, a folder of images, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastnet import ensemble, predict
+from fastnet.data.prepared import open_set
+from fastnet.errors import InputError
+from tests.support.official import jpeg
+
+
+def write_images(split, folder: Path) -> None:
+    folder.mkdir()
+    for i, name in enumerate(split.names):
+        (folder / name).write_bytes(split.jpeg(i).tobytes())
+
+
+def images_table(runs: list[str], folder: Path, out: Path) -> list[dict[str, str]]:
+    predict.main([*runs, "--images", str(folder), "--out", str(out)])
+    with out.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_server_file_has_every_image_in_natural_order(
+    tiny_set: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "predictions.txt"
+    result = predict.main([*map(str, runs), "--data", str(tiny_set), "--out", str(out)])
+    assert result == {"count": 5, "files": [str(out)]}
+    assert [path.name for path in out.parent.iterdir()] == ["predictions.txt"]
+    data = open_set(tiny_set)
+    text = out.read_text()
+    assert text.endswith("\n")
+    lines = [line.split(" ") for line in text.splitlines()]
+    assert [name for name, _ in lines] == [f"test_{i}.JPEG" for i in range(5)]
+
+    # The same images as a folder: their best class by the average of both runs is the file's.
+    write_images(data.splits["test"], tmp_path / "images")
+    rows = images_table([*map(str, runs)], tmp_path / "images", tmp_path / "table.csv")
+    best = {row["image"]: row["class"] for row in rows if row["rank"] == "1"}
+    assert best == dict(lines)
+
+
+def test_server_lines_are_ordered_as_numbers() -> None:
+    names = ["test_10.JPEG", "test_9.JPEG", "test_100.JPEG", "test_0.JPEG"]
+    scores = torch.eye(4)
+    assert predict.server_lines(names, scores, ["a", "b", "c", "d"]) == [
+        "test_0.JPEG d",
+        "test_9.JPEG b",
+        "test_10.JPEG a",
+        "test_100.JPEG c",
+    ]
+
+
+def test_folder_of_images_gives_the_scores_of_the_same_images_in_a_set(
+    tiny_set: Path, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = open_set(tiny_set)
+    write_images(data.splits["val"], tmp_path / "images")
+    (tmp_path / "images" / "notes.txt").write_text("no image, and not taken for one")
+    rows = images_table([*map(str, runs)], tmp_path / "images", tmp_path / "table.csv")
+    printed = capsys.readouterr().out.splitlines()
+
+    ensemble.main([*map(str, runs), "--data", str(tiny_set), "--out", str(tmp_path)])
+    average = np.load(tmp_path / "scores.npz")["average"]  # [N, K]
+    assert len(rows) == average.size
+    assert [row["image"] for row in rows[:: average.shape[1]]] == data.splits["val"].names
+    for row in rows:
+        expected = average[data.splits["val"].names.index(row["image"]), data.classes.index(row["class"])]
+        assert float(row["probability"]) == pytest.approx(expected, abs=1e-6)  # six digits are written
+        assert row["name"] == data.words[data.classes.index(row["class"])]
+    for first, second in itertools.pairwise(rows):
+        assert first["image"] != second["image"] or float(first["probability"]) >= float(
+            second["probability"]
+        )
+    assert len(printed) == len(data.splits["val"])
+    assert printed[0].startswith(f"val_0.JPEG  {float(rows[0]['probability']):6.1%} {rows[0]['name']}")
+
+
+def test_bad_images_are_named(runs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    command = [str(runs[0]), "--images", str(folder)]
+    with pytest.raises(InputError, match="images: no such folder"):
+        predict.main(command)
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"images: no \.jpg, \.jpeg, \.png file in it"):
+        predict.main(command)
+    (folder / "good.jpg").write_bytes(jpeg(0))
+    (folder / "torn.JPG").write_bytes(jpeg(1)[:-200])
+    with pytest.raises(InputError, match=r"images: torn\.JPG is a bad image"):
+        predict.main(command)
+    (folder / "torn.JPG").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"images: torn\.JPG is neither JPEG nor PNG"):
+        predict.main(command)
+
+
+def test_bad_values_are_named(
+    tiny_set: Path, set_without_test_split: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    run, data = str(runs[0]), ["--data", str(tiny_set)]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"file/predictions\.txt: cannot be written"):
+        predict.main([run, *data, "--out", str(tmp_path / "file" / "predictions.txt")])
+    with pytest.raises(InputError, match="--out: missing"):
+        predict.main([run, *data])
+    with pytest.raises(InputError, match="--images: goes without --data"):
+        predict.main([run, *data, "--images", str(tmp_path)])
+    with pytest.raises(InputError, match="set: has no test split"):
+        predict.main([run, "--data", str(set_without_test_split), "--out", str(tmp_path / "out")])
