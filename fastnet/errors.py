@@ -19,7 +19,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def refused(error: OSError, path: Path | str, *, full: str = "") -> InputError:
-    """What the file system refused, as an `InputError`. `path` is named where the error itself names no file.
+    """A file or folder that cannot be written, as an `InputError`.
 
     `full` says what became of the work on a full disk, and what to do.
     """
@@ -28,3 +28,10 @@ def refused(error: OSError, path: Path | str, *, full: str = "") -> InputError:
             f"{path}: no space left on the disk; {full or 'free some space and run the same command again'}"
         )
     return InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place")
+
+
+def unreadable(error: OSError, path: Path | str) -> InputError:
+    """A file that cannot be read, as an `InputError`."""
+    return InputError(
+        f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
+    )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from fastnet.cli import Parser, run_command
 from fastnet.data.download import download
 from fastnet.data.prepared import PreparedSet
-from fastnet.data.preparing import file_errors, prepare
+from fastnet.data.preparing import prepare
 from fastnet.data.sources import find_source, sample_source
 from fastnet.errors import InputError
 
@@ -38,13 +38,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if not 0 < args.val_fraction < 1:
         raise InputError(f"--val-fraction {args.val_fraction}: must lie between 0 and 1")
     started = time.monotonic()
-    with file_errors(args.out):
-        if args.source == "sample":
-            source = sample_source()
-        elif args.source == "download":
-            source = find_source(download(args.out.parent / "tiny-imagenet-200.zip"))
-        else:
-            source = find_source(Path(args.source))
+    if args.source == "sample":
+        source = sample_source()
+    elif args.source == "download":
+        source = find_source(download(args.out.parent / "tiny-imagenet-200.zip"))
+    else:
+        source = find_source(Path(args.source))
     prepared, made = prepare(source, args.out, args.val_fraction)
     report(prepared, made, time.monotonic() - started)
     return {
@@ -68,9 +67,6 @@ def report(prepared: PreparedSet, made: bool, seconds: float) -> None:
     counts = ", ".join(f"{len(split):,} {name}" for name, split in prepared.splits.items())
     done = f"prepared in {seconds:.1f} s" if made else "was there already, with the same content"
     print(f"{prepared.path}: {len(prepared.classes)} classes, {counts}; {done}", flush=True)
-
-
-# --- writing
 
 
 def cli() -> NoReturn:

@@ -1,13 +1,11 @@
+"""Writes a prepared set: every image of a source is decoded once, and nothing half-done is left behind."""
+
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +18,10 @@ import pyarrow as pa
 from fastnet import __version__
 from fastnet.data.entries import Entry, Source
 from fastnet.data.image import image_size
+from fastnet.data.lock import exclusive
 from fastnet.data.prepared import FORMAT, SCHEMA, SPLITS, PreparedSet, add_image, open_set, set_hash
 from fastnet.data.sources import sample_source
-from fastnet.errors import InputError
+from fastnet.errors import InputError, refused
 from fastnet.progress import Progress
 
 BATCH_BYTES = 4 << 20  # a record batch's share of memory while it is being written
@@ -41,28 +40,40 @@ def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[Prepa
     """
     splits, classes = checked_splits(source, val_fraction)
     given, out = out, out.resolve()
-    with file_errors(out), exclusive(out):
-        there = standing_set(out)
-        md5 = source.record["md5"]
-        if there and md5 and md5 == there.source["md5"] and "val" in source.splits:
-            return open_set(given), False
-        partial = out.with_name(f".{out.name}.partial")
-        if partial.exists():
-            shutil.rmtree(partial)  # of a run that was killed: who holds the lock knows that nobody writes it
-        partial.mkdir()
-        try:
-            contents = write_set(partial, source, splits, classes, out.name)
-            if there is None:
-                partial.rename(out)
-                flush_to_disk(out.parent)
-            elif there.hash != contents:
-                raise InputError(
-                    f"{out}: holds another set (of {there.source['path'] or there.source['kind']}); "
-                    "remove it or choose another --out"
-                )
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return open_set(given), there is None
+    try:
+        with exclusive(out):
+            made = make_set(source, splits, classes, out)
+    except OSError as error:
+        hint = "nothing was kept; free some space and run the same command again"
+        raise refused(error, error.filename or out, full=hint) from error
+    return open_set(given), made
+
+
+def make_set(source: Source, splits: dict[str, list[Entry]], classes: list[str], out: Path) -> bool:
+    """Writes the set to a folder beside `out` and renames it; whether it did, since the set may be there already."""
+    there = standing_set(out)
+    md5 = source.record["md5"]
+    if there and md5 and md5 == there.source["md5"] and "val" in source.splits:
+        return False
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(
+            partial
+        )  # left by a run that was killed: nobody else writes it while this one holds the lock
+    partial.mkdir()
+    try:
+        contents = write_set(partial, source, splits, classes, out.name)
+        if there is None:
+            partial.rename(out)
+            flush_to_disk(out.parent)
+        elif there.hash != contents:
+            raise InputError(
+                f"{out}: holds another set (of {there.source['path'] or there.source['kind']}); "
+                "remove it or choose another --out"
+            )
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return there is None
 
 
 def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[Entry]], list[str]]:
@@ -118,7 +129,7 @@ def write_set(
     out: Path, source: Source, splits: dict[str, list[Entry]], classes: list[str], name: str
 ) -> str:
     """Writes every split's file and then set.json into the directory `out`; the hash of the contents."""
-    with Progress(sum(map(len, splits.values())), "images") as progress:
+    with Progress("preparing", sum(map(len, splits.values())), "images") as progress:
         files = {
             split: write_split(out / f"{split}.arrow", source, entries, classes, progress)
             for split, entries in splits.items()
@@ -205,41 +216,3 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Holds a lock file beside `out`: one process at a time makes it. A killed process lets go of its lock."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    path = out.with_name(f".{out.name}.lock")
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that makes {out}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if os.path.samestat(os.fstat(lock), path.stat()):
-                break
-        except FileNotFoundError:
-            pass  # its last holder removed it meanwhile: lock the one that is there now
-        os.close(lock)
-    try:
-        yield
-    finally:
-        path.unlink()
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def file_errors(out: Path) -> Iterator[None]:
-    """Turns a full disk and other refusals of the file system into one line: `out`'s, unless a file is named."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise InputError(
-                f"{out}: no space left on its disk; nothing was kept, free some and try again"
-            ) from error
-        raise InputError(f"{error.filename or out}: {error.strerror or error}") from error

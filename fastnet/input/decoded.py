@@ -1,7 +1,7 @@
-"""A split decoded once: the images as uint8 in `<split>.raw` beside the prepared set, memory mapped.
+"""A split decoded once, for `--decode raw`: all images as uint8 in `<split>.raw` beside the prepared set.
 
-The file is one header line with the sha256 of the split it was decoded from, padded to `HEADER` bytes, then
-the images [h, w, 3] one after the other; their sizes are the split's.
+The file is memory mapped. It begins with one line that holds the sha256 of the split it was decoded from, padded to
+`HEADER` bytes; the images [h, w, 3] follow one after the other. Their sizes are those of the split.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.tensors import TensorCPU
-from tqdm import tqdm
 
+from fastnet.data.lock import exclusive
 from fastnet.data.prepared import Split, read_meta
-from fastnet.data.preparing import exclusive
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
+from fastnet.progress import track
 
 HEADER = 128
 CHUNK = 256
 
 
 class DecodedImages:
-    """The decoded images of a split. Makes the file if there is none, in one process if many ask at once.
+    """The decoded images of a split. Makes the file if there is none; if many processes ask at once, one makes it.
 
     Raises InputError if the file cannot be written or was decoded from another version of the split.
     """
@@ -40,11 +40,19 @@ class DecodedImages:
         digest = read_meta(split.path.parent)["splits"][split.name]["sha256"]
         header = f"fastnet raw 1 {digest}\n".encode().ljust(HEADER)
         if not path.exists():
-            _make(path, header, split, int(self.starts[-1]), threads)
+            try:
+                with exclusive(path):
+                    if not path.exists():
+                        _make(path, header, split, int(self.starts[-1]), threads)
+            except OSError as error:
+                raise InputError(
+                    f"{error.filename or path}: cannot be written ({error.strerror}); make the set writable, or use "
+                    "--decode cpu"
+                ) from error
         with path.open("rb") as file:
             same = file.read(HEADER) == header and file.seek(0, os.SEEK_END) == self.starts[-1]
         if not same:
-            raise InputError(f"{path}: decoded from another version of {split.path.name}; remove it")
+            raise InputError(f"{path}: was decoded from another version of {path.stem}.arrow; remove it")
         # Slices of a plain array are quicker to make than np.memmap's.
         self.mapped = np.asarray(np.memmap(path, np.uint8, "r"))
 
@@ -55,25 +63,15 @@ class DecodedImages:
 
 
 def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> None:
-    try:
-        with exclusive(path):
-            if path.exists():
-                return
-            for left in path.parent.glob(f".{path.name}.[0-9]*"):
-                left.unlink()  # of a process that was killed: nobody else is at work here now
-            print(
-                f"data: decoding {split.name} once: {path} ({size / 1e6:.0f} MB)", file=sys.stderr, flush=True
-            )
-            with atomic_write(path) as beside, beside.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                file.write(header)
-                for image in tqdm(_decoded(split, threads), total=len(split), unit="img", disable=None):
-                    file.write(image.data)
-    except OSError as error:
-        raise InputError(
-            f"{path}: {error.strerror}; it takes {size / 1e6:.0f} MB: make room, or the set writable, "
-            "or use --decode cpu"
-        ) from None
+    for left in path.parent.glob(f".{path.name}.[0-9]*"):
+        left.unlink()  # of a process that was killed: nobody else writes here while this one holds the lock
+    print(f"data: decoding {split.name} once: {path} ({size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
+    full = f"it takes {size / 1e6:.0f} MB; free some space, or use --decode cpu"
+    with atomic_write(path, full=full) as beside, beside.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        file.write(header)
+        for image in track(f"decoding {split.name}", _decoded(split, threads), len(split), "images"):
+            file.write(image.data)
 
 
 def _decoded(split: Split, threads: int) -> Iterator[np.ndarray]:

@@ -325,7 +325,7 @@ def test_many_at_once_make_one_set(tmp_path: Path) -> None:
 
 
 def changed(**files: bytes | None) -> dict[str, bytes]:
-    """The layout with files atomic_write, added, or (None) removed. The keys are made of paths below the root."""
+    """The layout with files replaced, added, or (None) removed. The keys are made of paths below the root."""
     after = {**FILES, **{ROOT + name: content for name, content in files.items()}}
     return {name: content for name, content in after.items() if content is not None}
 
@@ -541,7 +541,7 @@ def test_download_goes_on_where_it_was_cut_off(
     handler, _ = served
     handler.cut, handler.ranges = 120_000, ranges
     target = tmp_path / "data" / "tiny.zip"
-    with pytest.raises(InputError, match="120,000 of 300,000 bytes; the same command goes on"):
+    with pytest.raises(InputError, match="120,000 of 300,000 bytes; run the same command again to continue"):
         fetch(served, target)
     assert not target.exists()
     handler.cut = None
@@ -553,9 +553,9 @@ def test_download_goes_on_where_it_was_cut_off(
 
 def test_download_of_something_else(served: tuple[type[Server], str], tmp_path: Path) -> None:
     _, address = served
-    with pytest.raises(InputError, match=r"sent 300,000 bytes of md5 .*, not 300,000 of md5 0123"):
+    with pytest.raises(InputError, match=r"sent 300,000 bytes with md5 .*, expected 300,000 with md5 0123"):
         download(tmp_path / "tiny.zip", address, 300_000, "0123")
-    with pytest.raises(InputError, match=r"sent 300,000 bytes .*, not 200,000"):
+    with pytest.raises(InputError, match=r"sent 300,000 bytes .*, expected 200,000"):
         download(tmp_path / "tiny.zip", address, 200_000, "0123")
     assert listing(tmp_path) == []
 
