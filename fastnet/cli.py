@@ -1,4 +1,4 @@
-"""What every command shares: one-line errors, exit codes, --json and --debug.
+"""What every command shares: flags from dataclasses, one-line errors, exit codes, --json and --debug.
 
 Exit codes: 0 done, 2 bad input, 1 anything else.
 """
@@ -6,13 +6,15 @@ Exit codes: 0 done, 2 bad input, 1 anything else.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
+from fastnet.config import PRESETS, Augment, Config, flag_name
 from fastnet.errors import InputError, LostError, is_disk_full, refused
 
 
@@ -28,12 +30,13 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with the flags that every command has."""
 
-    def __init__(self, *, prog: str, description: str) -> None:
+    def __init__(self, *, prog: str, description: str, add_help: bool = True) -> None:
         super().__init__(
             prog=prog,
             description=description,
             allow_abbrev=False,
             formatter_class=_Formatter,
+            add_help=add_help,
         )
         common = self.add_argument_group("output")
         common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -43,11 +46,101 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+class SettingsParser(Parser):
+    """A parser with a preset and a flag for every field of `Config`, for train and paper.
+
+    `--help` shows the values of the preset and the network that are named beside it. A flag that is not given is
+    absent from the result, so the preset's value holds.
+    """
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, add_help=False)
+        self.add_argument("-h", "--help", action="store_true", help="show this text")
+        self.add_argument(
+            "preset",
+            nargs="?",
+            choices=list(PRESETS),
+            help="the settings that no flag gives: paper (ResNet-18 from ImageNet weights at 224 px), fast (the same "
+            "at 128 px in fewer epochs) or sample (64 px from random weights, minutes on a CPU); default: sample "
+            "for the generated sample set, else paper",
+        )
+        self.settings: list[tuple[argparse.Action, type, str]] = []
+        groups: dict[str, Any] = {}
+        for owner in (Config, Augment):
+            types = get_type_hints(owner)
+            for item in dataclasses.fields(owner):
+                if item.name == "augment":
+                    continue
+                group = item.metadata["group"]
+                if group not in groups:
+                    groups[group] = self.add_argument_group(group)
+                action = groups[group].add_argument(flag_name(item), **_options(item, types[item.name]))
+                self.settings.append((action, owner, item.metadata["help"]))
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The arguments by name. With --help it prints the help and exits."""
+        given = vars(self.parse_args(argv))
+        if given.pop("help"):
+            preset, network = given["preset"] or "paper", given.get("network", "baseline")
+            config = PRESETS[preset](network)
+            for action, owner, text in self.settings:
+                value = getattr(config if owner is Config else config.augment, action.dest)
+                action.help = f"{text} (default: {_as_text(value)})"
+            self.epilog = (
+                f"Defaults shown: preset {preset}, network {network}. Name another preset or --network beside --help "
+                "to see its defaults."
+            )
+            self.print_help()
+            sys.exit(0)
+        return given
+
+
+def _options(item: dataclasses.Field, kind: type) -> dict[str, Any]:
+    """The arguments of `add_argument` for a field."""
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name}
+    if kind is bool:
+        return {**options, "action": "store_true"}
+    if "choices" in item.metadata:
+        return {**options, "type": int if kind is int else str, "choices": item.metadata["choices"]}
+    if kind in (int, float, str):
+        return {**options, "type": kind, "metavar": {int: "N", float: "X", str: "WHAT"}[kind]}
+    return {**options, "type": _comma_list, "metavar": "LIST"}
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _as_text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def as_arguments(flags: dict[str, Any]) -> list[str]:
+    """The command line that gives those of `flags` that are fields of `Config`."""
+    words: list[str] = []
+    for owner in (Config, Augment):
+        for item in dataclasses.fields(owner):
+            value = flags.get(item.name)
+            if isinstance(value, bool):
+                words += [flag_name(item)] if value else []
+            elif value is not None and item.name != "augment":
+                words += [flag_name(item), _as_text(value)]
+    return words
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     """Runs `main(argv)` as a command and exits with the project's codes.
 
-    `main` returns the command's result; with --json it is printed as the last line. An `InputError`
-    or a full disk is one line on stderr and exit code 2.
+    `main` returns the command's result; with --json it is printed as the last line. An `InputError` or a full disk
+    is one line on stderr and exit code 2.
     """
     argv = sys.argv[1:]
     try:
@@ -70,7 +163,7 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
 
 
 def fail(message: str, *, debug: bool) -> NoReturn:
-    """Prints one line on stderr (behind the traceback with `debug`) and exits with code 2."""
+    """Prints one line on stderr (after the traceback with `debug`) and exits with code 2."""
     if debug:
         traceback.print_exc()
     if is_main_rank():
@@ -79,5 +172,5 @@ def fail(message: str, *, debug: bool) -> NoReturn:
 
 
 def is_main_rank() -> bool:
-    """Ranks share their result and their bad input: rank 0 speaks for all."""
+    """Ranks share their results and their bad input, so rank 0 prints them for all."""
     return os.environ.get("RANK", "0") == "0"

@@ -1,19 +1,17 @@
-"""What a run is made of: frozen dataclasses, presets as functions, and the command line derived from both.
+"""The settings of a run: frozen dataclasses, and presets as functions.
 
-A field is a flag: `batch_size` is `--batch-size`. The nested `Augment` contributes its own flags.
+Every field is a flag of the command line (`cli.SettingsParser`); its metadata hold help text and allowed values.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from fastnet.cli import Parser
 from fastnet.errors import InputError
 
 STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
@@ -53,9 +51,7 @@ class Config:
     )
     seq_len: int = _flag(64, "network", "channels in a sequence, a divisor of the stages' channels", least=1)
     weights: str = _flag("imagenet", "network", "imagenet, none, or a file of ResNet weights or a checkpoint")
-    backend: Literal["auto", "triton", "torch"] = _flag(
-        "auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch")
-    )
+    backend: Literal["auto", "triton", "torch"] = _flag("auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch"))
 
     decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
     threads: int = _flag(0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", least=0)
@@ -84,6 +80,7 @@ class Config:
         "auto", "training", "arithmetic of the network", choices=("auto", "bf16", "fp16", "fp32")
     )
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
+    device: str = _flag("auto", "training", "where to train", choices=("auto", "cuda", "cpu"))
     seed: int = _flag(0, "training", "seed of weights, order and augmentation", within=(0, 2**32 - 1))
     max_steps: int = _flag(0, "training", "stop after N steps in all; 0 runs to the end", least=0)
     checkpoint_every: str = _flag(
@@ -100,7 +97,7 @@ class Config:
     def __post_init__(self) -> None:
         for owner in (self, self.augment):
             for item in dataclasses.fields(owner):
-                _check(_flag_name(item), getattr(owner, item.name), item.metadata)
+                _check(flag_name(item), getattr(owner, item.name), item.metadata)
         if self.image_size % 32:
             below, above = self.image_size // 32 * 32, -(-self.image_size // 32) * 32
             raise InputError(
@@ -111,6 +108,8 @@ class Config:
             raise InputError(
                 f"--stages {','.join(self.stages)}: name some of {', '.join(STAGE_STRIDES)}, each at most once"
             )
+        # The order in which stages are named makes no other network.
+        object.__setattr__(self, "stages", tuple(sorted(self.stages)))
         if self.network == "lstm":
             for stage in self.stages:
                 channels = stage_channels(self.depth, stage)
@@ -136,7 +135,7 @@ class Config:
                 self.seq_len,
                 (self.image_size // STAGE_STRIDES[stage]) ** 2,
             )
-            for stage in sorted(self.stages)
+            for stage in self.stages
         ]
 
     @property
@@ -205,70 +204,17 @@ def sample(network: str) -> Config:
 PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "sample": sample, "fast": fast}
 
 
-def add_flags(parser: Parser) -> None:
-    """Adds a flag for every field of `Config`, grouped. What is not given comes from the preset."""
-    groups: dict[str, Any] = {}
-    for owner in (Config, Augment):
-        types = get_type_hints(owner)
-        for item in dataclasses.fields(owner):
-            if item.name == "augment":
-                continue
-            meta, kind = item.metadata, types[item.name]
-            if meta["group"] not in groups:
-                groups[meta["group"]] = parser.add_argument_group(meta["group"])
-            text = f"{meta['help']} ({_preset_values(owner, item.name)})"
-            options: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": item.name}
-            if kind is bool:
-                options["action"] = "store_true"
-            elif "choices" in meta:
-                options.update(type=int if kind is int else str, choices=meta["choices"])
-            elif kind in (int, float, str):
-                options.update(type=kind, metavar={int: "N", float: "X", str: "WHAT"}[kind])
-            else:
-                options.update(type=_comma_list, metavar="LIST")
-            groups[meta["group"]].add_argument(_flag_name(item), **options)
+def choose_preset(name: str | None, data_kind: str) -> Callable[[str], Config]:
+    """The preset by its name; without one, `sample` for the generated sample set and `paper` for other data."""
+    return PRESETS[name or ("sample" if data_kind == "sample" else "paper")]
 
 
-def _preset_values(owner: type, name: str) -> str:
-    """What the presets say of a field, as briefly as it can be told."""
-    values: dict[str, str] = {}
-    for preset, make in PRESETS.items():
-        for network in ("baseline", "lstm"):
-            config = make(network)
-            value = getattr(config if owner is Config else config.augment, name)
-            values[f"{preset} {network}"] = ",".join(value) if isinstance(value, tuple) else str(value)
-    for keep in (0, 1, 2):
-        told = values if keep == 2 else {}
-        for key, value in values.items():
-            told.setdefault(" ".join(key.split()[:keep]), value)
-        if all(told[" ".join(key.split()[:keep])] == value for key, value in values.items()):
-            return "default " + ", ".join(f"{key} {value}".strip() for key, value in told.items())
-    raise AssertionError("unreachable: with keep 2 every preset tells its own value")
-
-
-def from_flags(preset: Config, flags: dict[str, Any]) -> Config:
-    """`preset` with the given flags put over it. Raises InputError for a value out of range."""
+def with_flags(config: Config, flags: dict[str, Any]) -> Config:
+    """`config` with the given flags put over it. Raises InputError for a value out of range."""
     inner = {item.name for item in dataclasses.fields(Augment)}
     outer = {item.name for item in dataclasses.fields(Config)}
-    augment = replace(preset.augment, **{k: v for k, v in flags.items() if k in inner})
-    return replace(preset, augment=augment, **{k: v for k, v in flags.items() if k in outer})
-
-
-def as_argv(flags: dict[str, Any]) -> list[str]:
-    """The command line that gives those of `flags` which are fields of `Config`."""
-    argv: list[str] = []
-    for owner in (Config, Augment):
-        for item in dataclasses.fields(owner):
-            value = flags.get(item.name)
-            if isinstance(value, bool):
-                argv += [_flag_name(item)] if value else []
-            elif value is not None and item.name != "augment":
-                argv += [_flag_name(item), ",".join(value) if isinstance(value, tuple) else str(value)]
-    return argv
-
-
-def _comma_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    augment = replace(config.augment, **{k: v for k, v in flags.items() if k in inner})
+    return replace(config, augment=augment, **{k: v for k, v in flags.items() if k in outer})
 
 
 def _is_window(text: str) -> bool:
@@ -276,7 +222,8 @@ def _is_window(text: str) -> bool:
     return match is not None and int(match[1]) < int(match[2])
 
 
-def _flag_name(item: dataclasses.Field) -> str:
+def flag_name(item: dataclasses.Field) -> str:
+    """The flag of a field: `batch_size` is `--batch-size`."""
     return item.metadata.get("flag", "--" + item.name.replace("_", "-"))
 
 

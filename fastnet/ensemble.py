@@ -14,20 +14,30 @@ import numpy as np
 from fastnet.cli import Parser, run_command
 from fastnet.data.default import default_set
 from fastnet.data.prepared import SPLITS
-from fastnet.distributed.ranks import solo
+from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
-from fastnet.evaluate import add_flags
 from fastnet.files import atomic_write
+from fastnet.inference.flags import add_inference_flags
 from fastnet.inference.runs import check_classes, load_runs
-from fastnet.inference.scores import Measures, labelled_split, measure, scores_of
+from fastnet.inference.scores import (
+    all_logits,
+    as_json,
+    average_scores,
+    count_hits,
+    count_score_hits,
+    labelled_split,
+)
+from fastnet.metrics import Totals
 
 
-def table(rows: dict[str, Measures]) -> str:
+def table(rows: dict[str, Totals]) -> str:
     """Results as aligned text, a line per name; the error is 1 - top-1, as the paper gives it."""
     width = max(map(len, rows))
     lines = [f"{'':{width}}    top-1    top-5   error    loss"]
     for name, row in rows.items():
-        lines.append(f"{name:{width}}  {row.top1:7.2%}  {row.top5:7.2%}  {1 - row.top1:.4f}  {row.loss:6.4f}")
+        lines.append(
+            f"{name:{width}}  {row.top1:7.2%}  {row.top5:7.2%}  {1 - row.top1:.4f}  {row.mean_loss:6.4f}"
+        )
     return "\n".join(lines)
 
 
@@ -39,23 +49,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directories of two or more runs")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
     parser.add_argument("--out", metavar="DIR", type=Path, help="save all scores there, as scores.npz")
-    add_flags(parser)
+    add_inference_flags(parser)
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         raise InputError(f"{args.runs[0]}: an ensemble takes two or more runs; name another")
 
+    runtime = single_process(args.device)
     data = default_set(args.data)
     split = labelled_split(data, args.split)
-    runtime = solo()
     runs = load_runs(args.runs, args.checkpoint, runtime)
     for name, run in runs.items():
         check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
-    scores = scores_of(runs, split, args.batch_size, runtime)  # [R, N, K]
-    average = scores.mean(dim=0)  # [N, K]
+    logits = all_logits(runs, split, args.batch_size, runtime)  # [R, N, K]
+    average = average_scores(logits)  # [N, K]
 
-    each = {name: measure(of_run, split.labels) for name, of_run in zip(runs, scores, strict=True)}
-    together = measure(average, split.labels)
-    print(f"{together.count} {args.split} images")
+    each = {name: count_hits(of_run, split.labels) for name, of_run in zip(runs, logits, strict=True)}
+    together = count_score_hits(average, split.labels)
+    print(f"{together.images} {args.split} images")
     print(table({**each, "average": together}))
     files = []
     if args.out:
@@ -67,14 +77,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 labels=split.labels,
                 classes=np.array(data.classes),
                 runs=np.array(list(runs)),
-                scores=scores.numpy(),
+                scores=logits.softmax(dim=2).numpy(),
                 average=average.numpy(),
             )
         print(f"scores: {path}")
         files = [str(path)]
     return {
-        **together.to_json(),
-        "runs": {name: row.to_json() for name, row in each.items()},
+        **as_json(together),
+        "runs": {name: as_json(row) for name, row in each.items()},
         "files": files,
     }
 

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import torch
 
 from fastnet import ensemble, figures, predict
-from fastnet.cli import Parser, run_command
-from fastnet.config import PRESETS, add_flags, as_argv, from_flags
+from fastnet.cli import SettingsParser, as_arguments, run_command
+from fastnet.config import choose_preset, with_flags
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
@@ -32,55 +32,53 @@ TITLES = {"baseline": "baseline", "lstm": "LSTM network", "average": "ensemble"}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    parser = Parser(
+    parser = SettingsParser(
         prog="python -m fastnet.paper",
         description="Trains the baseline and the LSTM network, averages them, predicts the test split and draws the "
-        "figures. The flags of train.py hold for both networks.",
+        "figures. The flags of train.py hold for both networks; --head-epochs for the LSTM network alone, since the "
+        "paper's baseline has no frozen phase.",
     )
     parser.add_argument(
-        "preset", nargs="?", choices=list(PRESETS), help="settings of the runs (default: by the data)"
+        "--data",
+        type=Path,
+        metavar="SET",
+        help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
     )
-    parser.add_argument("--data", type=Path, metavar="SET", help="prepared set (default: as the README says)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", default=Path("runs/paper"), help="where everything goes"
     )
-    add_flags(parser)
-    args = parser.parse_args(argv)
-    if hasattr(args, "network"):
+    given = parser.parse(argv)
+    if "network" in given:
         raise InputError("--network: this command trains both; leave the flag out, or use fastnet.train")
+    if "head_epochs" in given:
+        print(
+            "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase", file=sys.stderr
+        )
 
-    data = default_set(args.data)
-    preset = args.preset or ("sample" if data.source["kind"] == "sample" else "paper")
-    runs = {network: args.out / network for network in ("baseline", "lstm")}
-    for network, run in runs.items():
-        flags = vars(args)
+    out, data = given["out"], default_set(given["data"])
+    preset = choose_preset(given["preset"], data.source["kind"])
+    runs = {network: out / network for network in ("baseline", "lstm")}
+    for network, run_dir in runs.items():
+        flags = dict(given)
         if network == "baseline":
-            flags = {name: value for name, value in flags.items() if name != "head_epochs"}
-        elif from_flags(PRESETS[preset](network), flags).weights == "none" and "weights" not in flags:
+            flags.pop("head_epochs", None)
+        elif with_flags(preset(network), flags).weights == "none" and "weights" not in flags:
             # Without ImageNet weights, the frozen phase reads the convolutions that the baseline has learned.
-            flags = {**flags, "weights": str(runs["baseline"] / "best.pt")}
-        line = [
-            preset,
-            "--data",
-            str(data.path),
-            "--network",
-            network,
-            "--run-dir",
-            str(run),
-            *as_argv(flags),
-        ]
+            flags["weights"] = str(runs["baseline"] / "best.pt")
+        line = [preset.__name__, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
+        line += as_arguments(flags)
         print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
         if not train(line):
-            print(f"{run}: stopped; the same command continues")
+            print(f"{run_dir}: stopped; the same command continues")
             return {"done": False, "files": []}
 
-    given = ["--data", str(data.path)]
+    on_data = ["--data", str(data.path)]
     paths = [str(run) for run in runs.values()]
-    scores = ensemble.main([*paths, *given, "--out", str(args.out)])
-    files = [*scores["files"], *figures.main([*paths, "--out", str(args.out / "figures")])["files"]]
+    scores = ensemble.main([*paths, *on_data, "--out", str(out)])
+    files = [*scores["files"], *figures.main([*paths, "--out", str(out / "figures")])["files"]]
     if "test" in data.splits:
-        files += predict.main([*paths, *given, "--out", str(args.out / "predictions.txt")])["files"]
-    files += write_results(args.out, data, scores)
+        files += predict.main([*paths, *on_data, "--out", str(out / "predictions.txt")])["files"]
+    files += write_results(out, data, scores)
     print("files:", *files, sep="\n  ")
     average = {key: scores[key] for key in ("top1", "top5", "loss", "count")}
     return {"done": True, **average, "runs": scores["runs"], "files": files}

@@ -20,12 +20,12 @@ from fastnet.data.entries import Entry, natural
 from fastnet.data.image import image_size
 from fastnet.data.prepared import Split
 from fastnet.data.sources import folder_files
-from fastnet.distributed.ranks import solo
+from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
-from fastnet.evaluate import add_flags
 from fastnet.files import atomic_write
-from fastnet.inference.runs import Run, check_classes, load_runs
-from fastnet.inference.scores import scores_of
+from fastnet.inference.flags import add_inference_flags
+from fastnet.inference.runs import TrainedRun, check_classes, load_runs
+from fastnet.inference.scores import all_logits, average_scores
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -67,7 +67,9 @@ def server_lines(names: Sequence[str], scores: Tensor, classes: Sequence[str]) -
     return [f"{names[i]} {classes[best[i]]}" for i in order]
 
 
-def best_five(names: Sequence[str], scores: Tensor, run: Run) -> list[tuple[str, int, str, str, float]]:
+def best_five(
+    names: Sequence[str], scores: Tensor, run: TrainedRun
+) -> list[tuple[str, int, str, str, float]]:
     """(image, rank from 1, class, its readable name, probability), five for each image or one for each class.
 
     scores [N, K], in the order of `names`.
@@ -103,14 +105,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "--images", metavar="FOLDER", type=Path, help="classify these images instead of a set's"
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="file to write; a CSV table with --images")
-    add_flags(parser)
+    add_inference_flags(parser)
     args = parser.parse_args(argv)
     if not args.images and not args.out:
         raise InputError("--out: missing; name the file for the test split's predictions")
     if args.images and args.data:
-        raise InputError("--images: goes without --data, its images are in no set; give one of them")
+        raise InputError("--images and --data: give one of them; a folder of images is not part of a set")
 
-    runtime = solo()
+    runtime = single_process(args.device)
     runs = load_runs(args.runs, args.checkpoint, runtime)
     first_name, first = next(iter(runs.items()))
     if args.images:
@@ -121,7 +123,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if "test" not in data.splits:
             raise InputError(f"{data.path}: has no test split; use another --data, or --images FOLDER")
         split = data.splits["test"]
-    scores = scores_of(runs, split, args.batch_size, runtime).mean(dim=0)  # [N, K]
+    scores = average_scores(all_logits(runs, split, args.batch_size, runtime))  # [N, K]
 
     if args.images:
         rows = best_five(split.names, scores, first)

@@ -1,3 +1,5 @@
+"""The lock that keeps two jobs out of one run directory."""
+
 from __future__ import annotations
 
 import errno
@@ -13,20 +15,22 @@ from fastnet.errors import InputError
 
 
 class RunLock:
-    """A run directory held by one process through a lock on a file in it, which dies with the process.
+    """A lock on the file `.lock` of a run directory, which ends with the process that holds it.
 
-    A rank 0 that torchrun starts anew takes the run over from the one before it of the same job (`--rdzv-id`), which
-    may hang on a host that is cut off or frozen; that one can save no more.
+    The file holds the id of the torchrun job (`--rdzv-id`). A rank 0 that torchrun restarts takes the lock over
+    from its predecessor in the same job, which may hang on a host that is frozen or cut off and then cannot save any
+    more. The filelock library does not serve here: it empties the file before it knows that it holds the lock.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / ".lock"
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / ".lock"
         self.job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own name for "not given"
         held = self._locked()
         self.held = self._taken_over() if held is None else held
 
     def _locked(self) -> int | None:
-        held = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        """The open lock file, or None if another process holds it."""
+        held = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -35,7 +39,7 @@ class RunLock:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            reason = f"{self.path}: no locks on this file system; see to it that only one job trains there"
+            reason = f"{self.path}: this file system has no locks; make sure that only one job trains there"
             print(reason, file=sys.stderr, flush=True)
         os.ftruncate(held, 0)
         os.write(held, self.job.encode())
@@ -64,28 +68,31 @@ class RunLock:
 
 
 @contextmanager
-def claimed(run: Path, runtime: Runtime) -> Iterator[RunLock | None]:
-    """Makes the directory `run` and holds it for this process; removes what a killed one left half written.
+def run_lock(run_dir: Path, runtime: Runtime) -> Iterator[RunLock | None]:
+    """Makes the directory `run_dir` and holds its lock; removes what a killed process left half-written in it.
 
-    Yields rank 0's claim, None on other ranks. Raises InputError, on every rank, if the directory cannot be made or
+    Yields rank 0's lock, None on other ranks. Raises InputError, on every rank, if the directory cannot be made or
     another job trains there.
     """
-    claim = runtime.together(lambda: _claim(run) if runtime.is_main else None)
+    lock = None
+    with runtime.agree():
+        if runtime.is_main:
+            lock = _prepare(run_dir)
     try:
-        yield claim
+        yield lock
     finally:
-        if claim is not None:
-            claim.release()
+        if lock is not None:
+            lock.release()
 
 
-def _claim(run: Path) -> RunLock:
+def _prepare(run_dir: Path) -> RunLock:
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        claim = RunLock(run)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(run_dir)
     except OSError as error:
         raise InputError(
-            f"--run-dir {run}: cannot be made ({error.strerror}); choose another place"
+            f"--run-dir {run_dir}: cannot be used ({error.strerror}); choose another place"
         ) from error
-    for path in [*run.glob(".*.pt.*"), *run.glob(".manifest.json.*")]:
+    for path in [*run_dir.glob(".*.pt.*"), *run_dir.glob(".manifest.json.*")]:
         path.unlink(missing_ok=True)
-    return claim
+    return lock

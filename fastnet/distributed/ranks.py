@@ -1,12 +1,11 @@
-"""Where a process runs: its rank under torchrun, its device, its arithmetic, and how ranks agree."""
+"""The ranks of a run: how they meet under torchrun, agree, and notice that one of them is gone."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,14 +13,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastnet.errors import InputError, LostError
+from fastnet.distributed.device import choose_device, choose_precision
+from fastnet.errors import InputError, LostError, is_disk_full, refused
 
 T = TypeVar("T")
 
 
 @dataclass
 class Runtime:
-    """One rank's surroundings. `amp` is the autocast dtype, None for float32; `control` carries host-side votes."""
+    """One rank: its place among the others, its device, and the precision it computes in.
+
+    `amp` is the autocast dtype, None for float32. `control` is a gloo group for what the hosts agree on.
+    """
 
     device: torch.device
     rank: int = 0
@@ -35,7 +38,10 @@ class Runtime:
 
     @property
     def image_dtype(self) -> torch.dtype:
-        """Images arrive in half precision where the network computes in it; DALI has no bfloat16."""
+        """float16 where the network computes in half precision, as DALI has no bfloat16; else float32.
+
+        Under bf16 autocast the batch is cast once more, by the first convolution.
+        """
         return torch.float32 if self.amp is None else torch.float16
 
     def say(self, line: str) -> None:
@@ -52,48 +58,56 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank; an InputError or a full disk on any of them is raised on all: none waits.
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """Ends on every rank alike: an InputError or a full disk inside the block on one rank is raised on all of them.
 
-        The ranks may do different things in it, but no collective operation.
+        The ranks may do different things in the block, but no collective operation. A rank that failed itself
+        raises its own error, with its traceback; the others raise the message of the first rank that failed.
         """
-        result, problem = None, None
+        own: InputError | None = None
         try:
-            result = action()
+            yield
         except InputError as error:
-            problem = str(error)
+            own = error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
-            problem = (
-                f"{error.filename or 'the run directory'}: no space left on the disk; free some and continue"
-            )
+            own = refused(error, error.filename or "the run directory")
+            own.__cause__ = error
+        problem = str(own) if own else None
         if self.world_size > 1:
             problems: list[str | None] = [None] * self.world_size
             dist.all_gather_object(problems, problem, group=self.control)
             problem = next((p for p in problems if p), None)
+        if own:
+            raise own
         if problem:
             raise InputError(problem)
-        return result  # type: ignore[return-value]
 
-    def from_main(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 and gives every rank its result, or its InputError."""
-        result = self.together(lambda: action() if self.is_main else None)
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value`, on every rank. Collective."""
         if self.world_size == 1:
-            return result  # type: ignore[return-value]
-        box = [result]
+            return value
+        box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]  # type: ignore[return-value]
+        return box[0]
+
+
+def single_process(device: str = "auto") -> Runtime:
+    """One process alone, for the commands that use a trained network."""
+    chosen = choose_device(device)
+    return Runtime(chosen, amp=choose_precision("auto", chosen))
 
 
 @contextlib.contextmanager
-def joined(timeout: float) -> Iterator[Runtime]:
-    """The ranks that torchrun's environment describes, or a process alone.
+def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
+    """The ranks that torchrun's environment describes, or one process alone.
 
-    An InputError is every rank's, and leaves the group in order; after a crash that is the launcher's work.
+    An InputError is raised on every rank and leaves the process group in order; after a crash the launcher cleans up.
     Raises LostError where another rank is gone, or has not answered for `timeout` seconds.
     """
-    runtime = _join(timeout)
+    runtime = _join(timeout, device)
     with contextlib.ExitStack() as leave:
         if runtime.world_size > 1:
             leave.callback(dist.destroy_process_group)
@@ -108,6 +122,54 @@ def joined(timeout: float) -> Iterator[Runtime]:
             raise
 
 
+def _join(timeout: float, device: str) -> Runtime:
+    """Joins the process group: NCCL with one GPU per rank, or gloo on the CPU.
+
+    Raises InputError for a port in use, LostError if the ranks meet but cannot connect.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    runtime = Runtime(choose_device(device, local_rank, local_world_size), rank, world_size)
+    if world_size > 1:
+        on_gpu = runtime.device.type == "cuda"
+        patience = timedelta(seconds=timeout)
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore(_attempt(), store),
+                rank=rank,
+                world_size=world_size,
+                device_id=runtime.device if on_gpu else None,
+                timeout=patience,
+            )
+            runtime.control = dist.new_group(backend="gloo", timeout=patience)
+        except dist.DistError as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            if "EADDRINUSE" in str(error) or "already in use" in str(error):
+                reason = "the port is in use; choose another with --master_port"
+            raise InputError(f"{address}: the ranks cannot meet there: {reason}") from error
+        except RuntimeError as error:
+            if _is_of_the_group(error):
+                raise _lost(runtime, timeout, error) from error
+            raise
+    return runtime
+
+
+def _attempt() -> str:
+    """Keeps the keys of this start apart from those of earlier starts.
+
+    torchrun 2.14 keeps its store when it restarts the ranks of one host, and gloo would then find the addresses of
+    dead ranks in it. The agents of several hosts count restarts separately; there, torchrun has to be told to make
+    a new store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    return "start 0" if several_hosts else f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
 def _lost(runtime: Runtime, timeout: float, error: BaseException) -> LostError:
     reason = " ".join(str(error).split())
     return LostError(
@@ -117,88 +179,7 @@ def _lost(runtime: Runtime, timeout: float, error: BaseException) -> LostError:
 
 
 def _is_of_the_group(error: BaseException) -> bool:
-    """Whether a collective operation failed. Gloo's failures are RuntimeErrors that only their text tells apart."""
+    """Whether a collective operation failed. Gloo raises plain RuntimeErrors, which only their text tells apart."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
     )
-
-
-def _join(timeout: float) -> Runtime:
-    """Joins the process group: NCCL and one GPU per rank where there are GPUs, gloo on the CPU where there are none.
-    Raises InputError for a port in use or more ranks than GPUs, LostError where the ranks meet but do not connect.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if torch.cuda.is_available():
-        if local_world_size > torch.cuda.device_count():
-            raise InputError(
-                f"--nproc_per_node {local_world_size}: more ranks than the {torch.cuda.device_count()} GPUs here"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    else:
-        device = torch.device("cpu")
-    runtime = Runtime(device, rank, world_size)
-    if world_size > 1:
-        patience = timedelta(seconds=timeout)
-        try:
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(_attempt(), store),
-                rank=rank,
-                world_size=world_size,
-                device_id=device if device.type == "cuda" else None,
-                timeout=patience,
-            )
-            runtime.control = dist.new_group(backend="gloo", timeout=patience)
-        except dist.DistError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).splitlines()[0]
-            if "EADDRINUSE" in str(error) or "already in use" in str(error):
-                reason = "the port is in use; choose another by --master_port"
-            raise InputError(f"{address}: ranks cannot meet: {reason}") from error
-        except RuntimeError as error:
-            if _is_of_the_group(error):
-                raise _lost(runtime, timeout, error) from error
-            raise
-    return runtime
-
-
-def _attempt() -> str:
-    """What keeps the keys of this start apart from those of the starts before it.
-
-    torchrun 2.14 keeps its store when it restarts the ranks of one host, and gloo then finds the addresses of dead
-    ranks in it. Agents of several hosts count restarts each for itself; there torchrun has to be told to take a new
-    store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
-    """
-    several_hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
-    return "start 0" if several_hosts else f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-
-
-def solo() -> Runtime:
-    """One process without ranks, for the commands that read a trained network."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Runtime(device, amp=choose_precision("auto", device))
-
-
-def threads_per_rank() -> int:
-    """The cores this process may use, shared among the ranks of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype: bf16 on sm_80 and newer, fp16 on older GPUs, float32 (None) on the CPU."""
-    if device.type == "cpu":
-        if choice not in ("auto", "fp32"):
-            raise InputError(f"--precision {choice}: needs a GPU; use auto or fp32 here")
-        return None
-    modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    if choice == "bf16" and not modern:
-        raise InputError("--precision bf16: this GPU is older than sm_80; use fp16")
-    if choice == "auto":
-        choice = "bf16" if modern else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[choice]

@@ -1,3 +1,5 @@
+"""Trained networks, read back from their run directories."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,45 +12,43 @@ from fastnet.errors import InputError
 from fastnet.files import short_names
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load, load_model
-from fastnet.training.state import TrainState
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trained network, read back: `model` is in evaluation mode on the runtime's device."""
+class TrainedRun:
+    """A trained network: `network` is in evaluation mode on the runtime's device."""
 
     config: Config
-    model: Network
+    network: Network
     classes: list[str]
     words: list[str]
     step: int
 
 
-def load_run(run: Path, runtime: Runtime, which: str = "best") -> Run:
-    """Reads the network that a run directory holds, with `which` of its checkpoints: best or last.
+def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun:
+    """Reads the network of a run directory from `which` of its checkpoints: best or last.
 
     Raises InputError if there is no run, no such checkpoint, or it is damaged.
     """
-    if not run.is_dir():
-        raise InputError(f"{run}: no such run; give the directory that train.py wrote (--run-dir)")
-    path = run / f"{which}.pt"
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such run; give the directory that train.py wrote (--run-dir)")
+    path = run_dir / f"{which}.pt"
     content = load(path)
-    # What ran the LSTMs in training need not be here.
+    # Training may have used an LSTM backend that this machine lacks.
     config = replace(Config.from_json(content["config"]), backend="auto")
     network = Network(config, len(content["classes"]))
     load_model(network, path, content)
     network.to(runtime.device).eval()
-    position = TrainState(**content["position"])
-    return Run(config, network, content["classes"], content["words"], position.step)
+    return TrainedRun(config, network, content["classes"], content["words"], content["position"]["step"])
 
 
-def load_runs(paths: Sequence[Path], which: str, runtime: Runtime) -> dict[str, Run]:
-    """Runs of one class list, by short names. Raises InputError for one that cannot be used, differs or repeats."""
-    names = short_names(paths)
+def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[str, TrainedRun]:
+    """Runs with the same classes, by short names. Raises InputError for one that cannot be used, or is named twice."""
+    names = short_names(run_dirs)
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name}: the run is named twice; name each once")
-    runs = {name: load_run(path, runtime, which) for name, path in zip(names, paths, strict=True)}
+    runs = {name: load_run(path, runtime, which) for name, path in zip(names, run_dirs, strict=True)}
     for name, run in runs.items():
         check_classes(f"run {name}", run.classes, f"run {names[0]}", runs[names[0]].classes)
     return runs
@@ -58,5 +58,11 @@ def check_classes(one: str, classes: Sequence[str], other: str, others: Sequence
     """Raises InputError unless both have the same classes in the same order, since a label is a position in them."""
     if list(classes) != list(others):
         odd = sorted(set(classes) ^ set(others))
-        what = f"{len(classes)} and {len(others)}, {odd[0]} in one alone" if odd else "in another order"
-        raise InputError(f"{one}: its classes are not those of {other} ({what}); use what belongs together")
+        what = (
+            f"{len(classes)} and {len(others)}; only one of them has {odd[0]}"
+            if odd
+            else "they are in another order"
+        )
+        raise InputError(
+            f"{one}: its classes are not those of {other} ({what}); use a set and runs that match"
+        )

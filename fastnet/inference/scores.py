@@ -1,90 +1,91 @@
+"""What trained networks say of the images of a split, and how right they are.
+
+Shapes: R runs, N images of the split, K classes, S image size.
+"""
+
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastnet.data.prepared import PreparedSet, Split
-from fastnet.distributed.ranks import Runtime, threads_per_rank
+from fastnet.distributed.device import threads_per_rank
+from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.inference.runs import Run
+from fastnet.inference.runs import TrainedRun
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream
-from fastnet.training.trainer import predict
+from fastnet.metrics import Counter, Totals
+from fastnet.progress import Progress
 
 
-@dataclass(frozen=True)
-class Measures:
-    """Scores against labels: how many images, how many right, and the mean cross-entropy in nats."""
-
-    count: int
-    correct1: int
-    correct5: int
-    loss: float
-
-    @property
-    def top1(self) -> float:
-        return self.correct1 / self.count
-
-    @property
-    def top5(self) -> float:
-        return self.correct5 / self.count
-
-    def to_json(self) -> dict[str, Any]:
-        return {"top1": self.top1, "top5": self.top5, **asdict(self)}
+@torch.inference_mode()
+def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, title: str = "") -> Tensor:
+    """Logits [N, K] float32 on the CPU, in the split's order. Raises InputError if any is not finite."""
+    decode = resolve_decode("auto", runtime.device)
+    spec = InputSpec.of(run.config, runtime.device, runtime.image_dtype, decode, threads_per_rank())
+    logits = torch.empty(len(split), len(run.classes))
+    with (
+        closing(EvalStream(split, spec, batch_size=batch_size)) as stream,
+        Progress(title, len(split), "images") as progress,
+    ):
+        for x, _, index in stream:  # [B, 3, S, S], [B]
+            with runtime.autocast():
+                logits[torch.from_numpy(index)] = run.network(x).cpu()
+            progress.add(len(index))
+    if not logits.isfinite().all():
+        raise InputError(f"{title}: its network gives scores that are not finite; use another --checkpoint")
+    return logits
 
 
-def measure(scores: Tensor, labels: np.ndarray) -> Measures:
-    """Counts how often the label comes first, and among the first five, by descending score.
+def all_logits(runs: dict[str, TrainedRun], split: Split, batch_size: int, runtime: Runtime) -> Tensor:
+    """Logits [R, N, K] of every run, as `logits_of`."""
+    return torch.stack([logits_of(run, split, batch_size, runtime, name) for name, run in runs.items()])
 
-    scores [N, K] float32 probabilities, labels [N] int64. Among equal scores the lower class comes first, as
-    `argmax` has it: no count depends on how a sort breaks ties.
+
+def average_scores(logits: Tensor) -> Tensor:
+    """[R, N, K] -> the mean of the runs' softmax scores [N, K], as the paper's ensemble takes it."""
+    return logits.softmax(dim=2).mean(dim=0)
+
+
+def count_hits(logits: Tensor, labels: np.ndarray) -> Totals:
+    """Loss, top-1 and top-5 of logits [N, K] for labels [N] int64, counted as in training."""
+    counter = Counter(logits.device)
+    counter.add(logits, torch.tensor(labels))
+    return Totals(*counter.sums.tolist())
+
+
+def count_score_hits(scores: Tensor, labels: np.ndarray) -> Totals:
+    """The same for softmax scores [N, K]: their logarithms are logits.
+
+    In float64, where no two float32 scores have one logarithm. A score that underflowed to 0 counts as the smallest
+    normal number, so that one image cannot make the mean loss infinite.
     """
-    target = torch.tensor(labels)[:, None]  # [N, 1]
-    own = scores.gather(1, target)  # [N, 1]
-    lower = torch.arange(scores.shape[1]) < target  # [N, K]
-    rank = ((scores > own) | ((scores == own) & lower)).sum(dim=1)  # [N]
-    # What underflowed to 0 counts as the smallest normal number, so that one image cannot make the mean infinite.
-    loss = -own.double().clamp_min(torch.finfo(torch.float32).tiny).log()  # [N, 1]
-    return Measures(len(labels), int((rank < 1).sum()), int((rank < 5).sum()), float(loss.mean()))
+    return count_hits(scores.double().clamp_min(torch.finfo(torch.float32).tiny).log(), labels)
+
+
+def as_json(totals: Totals) -> dict[str, float]:
+    """The numbers that commands print with --json."""
+    return {
+        "top1": totals.top1,
+        "top5": totals.top5,
+        "loss": totals.mean_loss,
+        "count": totals.images,
+        "correct1": totals.correct1,
+        "correct5": totals.correct5,
+    }
 
 
 def labelled_split(data: PreparedSet, name: str) -> Split:
-    """The split by name. Raises InputError where the set lacks it, or it lacks labels."""
+    """The split by name. Raises InputError if the set lacks it, or it has no labels."""
     if name not in data.splits:
         raise InputError(f"{data.path}: has no {name} split; choose one of {', '.join(data.splits)}")
     split = data.splits[name]
     if (split.labels < 0).any():
-        raise InputError(f"{data.path}: its {name} split has no labels; python -m fastnet.predict needs none")
-    return split
-
-
-def scores_of(runs: dict[str, Run], split: Split, batch_size: int, runtime: Runtime) -> Tensor:
-    """Softmax scores [R, N, K] float32 on the CPU, in the split's order.
-
-    Raises InputError for a network whose scores are not finite.
-    """
-    every = []
-    for name, run in runs.items():
-        spec = InputSpec(
-            image_size=run.config.image_size,
-            device=runtime.device,
-            dtype=runtime.image_dtype,
-            decode=resolve_decode("auto", runtime.device),
-            threads=threads_per_rank(),
-            eval_crop=run.config.eval_crop,
+        raise InputError(
+            f"{data.path}: its {name} split has no labels; python -m fastnet.predict works without"
         )
-        with closing(EvalStream(split, spec, batch_size=batch_size)) as stream:
-            batches = tqdm(stream, desc=name, unit="batch", leave=False, disable=None)
-            scores = predict(run.model, batches, len(split), runtime)  # [N, K]
-        if not scores.isfinite().all():
-            raise InputError(
-                f"{name}: its network gives scores that are not finite; use another --checkpoint"
-            )
-        every.append(scores)
-    return torch.stack(every)
+    return split

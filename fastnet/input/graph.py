@@ -9,6 +9,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
+from fastnet.config import Config
 from fastnet.errors import InputError
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.operators import apply_policy, input_type
@@ -26,6 +27,11 @@ class InputSpec:
     decode: str
     threads: int
     eval_crop: float = 1.0
+
+    @staticmethod
+    def of(config: Config, device: torch.device, dtype: torch.dtype, decode: str, threads: int) -> InputSpec:
+        """What a network of `config` takes, in training and afterwards."""
+        return InputSpec(config.image_size, device, dtype, decode, threads, config.eval_crop)
 
 
 def resolve_decode(choice: str, device: torch.device) -> str:

@@ -1,3 +1,5 @@
+"""ResNet weights to start from: torchvision's, or those of a file."""
+
 from __future__ import annotations
 
 import pickle
@@ -15,24 +17,25 @@ from fastnet.network.network import Network
 def load_backbone(network: Network, depth: int, weights: str) -> None:
     """Puts ResNet weights into `network.backbone`: `imagenet` (torchvision's), `none`, or a file.
 
-    A file holds torchvision's ResNet state dict or a fastnet checkpoint. Raises InputError if the weights cannot be
-    had or do not fit.
+    A file holds torchvision's ResNet state dict or a fastnet checkpoint. What `load_state_dict` fills in by itself may
+    be missing: torchvision's published files have no `num_batches_tracked`. Raises InputError if the weights cannot
+    be had or do not fit.
     """
     if weights == "none":
         return
-    if weights == "imagenet":
-        state = _imagenet_state(depth)
-    else:
-        state = _file_state(Path(weights))
+    state = _imagenet_state(depth) if weights == "imagenet" else _file_state(Path(weights))
     own = network.backbone.state_dict()
     for name, tensor in own.items():
-        if name not in state:
-            raise InputError(f"--weights {weights}: has no tensor {name}; give weights of a ResNet-{depth}")
-        if state[name].shape != tensor.shape:
+        if name in state and state[name].shape != tensor.shape:
             raise InputError(
                 f"--weights {weights}: {name} is {list(state[name].shape)}, ResNet-{depth} has {list(tensor.shape)}"
             )
-    network.backbone.load_state_dict({name: state[name] for name in own})
+    fitting = {name: state[name] for name in own if name in state}
+    missing = network.backbone.load_state_dict(fitting, strict=False).missing_keys
+    if missing:
+        raise InputError(
+            f"--weights {weights}: has no tensor {missing[0]}; give the weights of a ResNet-{depth}"
+        )
 
 
 def _imagenet_state(depth: int) -> dict[str, Tensor]:
@@ -51,11 +54,21 @@ def _file_state(path: Path) -> dict[str, Tensor]:
         raise InputError(f"--weights {path}: no such file; give imagenet, none, or a file")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise InputError(f"--weights {path}: not a readable PyTorch file: {error}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         loaded = {
-            k.removeprefix("backbone."): v for k, v in loaded["model"].items() if k.startswith("backbone.")
+            k.removeprefix("backbone."): v
+            for k, v in loaded["model"].items()
+            if str(k).startswith("backbone.")
         }
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise InputError(f"--weights {path}: holds no state dict of tensors")

@@ -1,11 +1,10 @@
-"""Checkpoints: written beside and renamed, loaded without running code, and enough to continue to the bit.
+"""Checkpoints: replaced in one step, loaded without running code, and enough to continue exactly.
 
-No random state is kept: after the first weights, all randomness is a function of (seed, epoch, sample).
+No random state is kept: after the first weights, all randomness is a function of (seed, epoch, image).
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import pickle
@@ -25,48 +24,54 @@ from fastnet.files import atomic_write
 from fastnet.network.network import Network
 
 FORMAT = 1
-# What a continued run may be given anew: it changes where and how far the run goes, not what it computes.
-FREE = {"max_steps", "threads", "checkpoint_every", "timeout", "decode", "backend", "profile_steps"}
 KEYS = {"format", "config", "model", "optimizer", "scaler", "position", "classes", "words", "data_hash"}
 
+# Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
+# precision, decoder, LSTM backend and threads change the last bits of the arithmetic, not what is computed.
+MAY_CHANGE = {
+    "max_steps",
+    "checkpoint_every",
+    "log_every",
+    "profile_steps",
+    "timeout",
+    "device",
+    "threads",
+    "decode",
+    "backend",
+}
 
-def save(path: Path, content: dict[str, Any], *, best: bool, claim: RunLock | None = None) -> None:
-    """Replaces `path` by a checkpoint in one step; with `best`, best.pt beside it becomes its copy.
 
-    Raises InputError if the disk is full or `claim` is lost; the checkpoint that was there stays.
+def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | None = None) -> None:
+    """Replaces `path` by a checkpoint in one step; with `best`, best.pt beside it becomes a copy of it.
+
+    Raises InputError if the disk is full or `lock` was taken over; the checkpoint that was there stays.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
-    try:
-        with atomic_write(path) as beside:
-            with beside.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            if claim is not None:
-                claim.check()
-            if best:
-                with atomic_write(path.with_name("best.pt")) as copy:
-                    shutil.copyfile(beside, copy)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        kept = f"the checkpoint of before is kept ({path})" if path.exists() else "there was none before"
-        raise InputError(
-            f"{path}: no space left on the disk; {kept}; free some and run the command again"
-        ) from error
+    kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved yet"
+    with atomic_write(path, full=f"{kept}; free some space and run the same command again") as beside:
+        with beside.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if lock is not None:
+            lock.check()
+        if best:
+            with atomic_write(path.with_name("best.pt")) as copy:
+                shutil.copyfile(beside, copy)
 
 
 class Writer:
-    """Saves behind the training's back: `save` returns when the state is copied, and one thread writes it.
+    """Saves in the background: `save` returns once the state is copied to the CPU, and a thread writes the file.
 
-    A save waits for the one before it, and raises what that one met. Leaving waits for the last.
+    A save waits for the one before it, and raises the error that one ended with. Leaving the `with` block waits for
+    the last one.
     """
 
-    def __init__(self, path: Path, claim: RunLock | None) -> None:
-        self.path, self.claim = path, claim
+    def __init__(self, path: Path, lock: RunLock | None) -> None:
+        self.path, self.lock = path, lock
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.under_way: Future[None] | None = None
+        self.pending: Future[None] | None = None
 
     def __enter__(self) -> Writer:
         return self
@@ -76,11 +81,11 @@ class Writer:
 
     def save(self, content: dict[str, Any], *, best: bool) -> None:
         self.finish()
-        self.under_way = self.pool.submit(save, self.path, _on_cpu(content), best=best, claim=self.claim)
+        self.pending = self.pool.submit(save, self.path, _on_cpu(content), best=best, lock=self.lock)
 
     def finish(self) -> None:
         """Waits for the save under way. Raises InputError if it failed."""
-        before, self.under_way = self.under_way, None
+        before, self.pending = self.pending, None
         if before is not None:
             before.result()
 
@@ -97,14 +102,14 @@ def _on_cpu(value: Any) -> Any:
 
 
 class Schedule:
-    """When a checkpoint is due, besides the ends of epochs: after so many steps, or so many seconds."""
+    """When a checkpoint is due besides the end of an epoch: after a number of steps, or of seconds."""
 
     def __init__(self, config: Config) -> None:
         self.steps, self.seconds = config.checkpoint_interval
         self.last = time.monotonic()
 
     def after_time(self) -> bool:
-        """True once for each interval of time, by this process's clock."""
+        """True once per interval of time, by this process's clock."""
         if self.seconds and time.monotonic() - self.last >= self.seconds:
             self.last = time.monotonic()
             return True
@@ -115,7 +120,7 @@ class Schedule:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU. Raises InputError if it is missing, damaged or not one of ours."""
+    """Reads a checkpoint onto the CPU. Raises InputError if it is missing, damaged, or not a fastnet checkpoint."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -138,26 +143,32 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: a PyTorch file, but not a fastnet checkpoint; give another run directory")
     if content["format"] != FORMAT:
         raise InputError(
-            f"{path}: a checkpoint of format {content['format']}, this version reads format {FORMAT}"
+            f"{path}: a checkpoint of format {content['format']}; this version reads format {FORMAT}"
         )
     return content
 
 
-def check_same_run(path: Path, content: dict[str, Any], config: Config, data_hash: str) -> None:
-    """Raises InputError unless the checkpoint is of a run with this configuration on this data."""
-    before, now = content["config"], config.to_json()
-    # A checkpoint read back has lists where the configuration has tuples.
-    changed = [k for k in now if k not in FREE and _plain(before.get(k)) != _plain(now[k])]
+def load_last(run_dir: Path, config: Config, data_hash: str) -> dict[str, Any] | None:
+    """The run's last checkpoint, None if there is none yet.
+
+    Raises InputError for a checkpoint of another configuration or other data.
+    """
+    path = run_dir / "last.pt"
+    if not path.exists():
+        return None
+    content = load(path)
+    before, now = Config.from_json(content["config"]).to_json(), config.to_json()
+    changed = next((name for name in now if name not in MAY_CHANGE and before[name] != now[name]), None)
     if changed:
-        first = changed[0]
         raise InputError(
-            f"{path}: this run was started with {first} {_plain(before.get(first))} and not {_plain(now[first])}; "
+            f"{run_dir}: this run was started with {changed} {before[changed]} and not {now[changed]}; "
             "give the same flags, or another --run-dir"
         )
     if content["data_hash"] != data_hash:
         raise InputError(
-            f"{path}: this run was trained on other data; give the same --data, or another --run-dir"
+            f"{run_dir}: this run was trained on other data; give the same --data, or another --run-dir"
         )
+    return content
 
 
 def load_model(network: Network, path: Path, content: dict[str, Any]) -> None:
@@ -166,10 +177,7 @@ def load_model(network: Network, path: Path, content: dict[str, Any]) -> None:
     for name in [*own, *theirs]:
         if name not in theirs or name not in own or own[name].shape != theirs[name].shape:
             raise InputError(
-                f"{path}: a checkpoint of another network: {name} does not fit; give its own flags or run"
+                f"{path}: a checkpoint of another network: {name} does not fit; give the flags it was trained with, "
+                "or another run"
             )
     network.load_state_dict(theirs)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,52 +1,37 @@
+"""What an epoch measures of itself besides loss and accuracy: the time of its steps, and the waits for data."""
+
 from __future__ import annotations
 
 import itertools
 import resource
 import time
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-# Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks.
-LOSS_UNIT = 2.0**-24
-LOSS, TOP1, COUNT, BAD = range(4)
 
 
-def _count(totals: Tensor, logits: Tensor, y: Tensor) -> None:
-    """Adds a micro-batch to `totals`. The loss is without label smoothing, to be compared with the validation's."""
-    losses = F.cross_entropy(logits, y, reduction="none").double()  # [B]
-    finite = losses.isfinite()  # [B]
-    totals[LOSS] += (losses.where(finite, 0.0) / LOSS_UNIT).round().long().sum()
-    totals[TOP1] += (logits.argmax(dim=1) == y).sum()
-    totals[COUNT] += len(y)
-    totals[BAD] += (~finite).sum()
+class Stopwatch:
+    """Times of steps and of waits for data, in this process and session.
 
+    On a GPU the steps are timed by CUDA events, which are read at the end of the epoch only; elsewhere by the host's
+    clock.
+    """
 
-def _means(totals: list[int]) -> dict[str, float]:
-    count = max(1, totals[COUNT])
-    return {"train_loss": totals[LOSS] * LOSS_UNIT / count, "train_top1": totals[TOP1] / count}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
 
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of the process where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class StepClock:
-    """Times of steps, by CUDA events on a GPU (read only at the end of the epoch) and the host's clock elsewhere."""
-
-    def start(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+    def restart(self) -> None:
+        """Begins an epoch, or the part of one that this session trains."""
+        self.waits: list[float] = []
         self.events: list[torch.cuda.Event] = []
         self.times: list[float] = []
-        self.tick()
+        self.step()
 
-    def tick(self) -> None:
-        if self.cuda:
+    def step(self) -> None:
+        """To be called after each step."""
+        if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self.events.append(event)
@@ -54,8 +39,29 @@ class StepClock:
             self.times.append(time.perf_counter())
 
     def milliseconds(self) -> np.ndarray:
-        """[steps] float64: the time of each step since `start`."""
-        if not self.cuda:
+        """[steps] float64: the time of each step since `restart`. Waits for the device."""
+        if self.device.type != "cuda":
             return np.diff(self.times) * 1e3
         torch.cuda.synchronize()
         return np.array([a.elapsed_time(b) for a, b in itertools.pairwise(self.events)])
+
+    def summary(self, batch_size: int) -> dict[str, Any]:
+        """What an epoch's line of metrics.jsonl says of speed and memory; `batch_size` is the global one."""
+        steps = self.milliseconds()
+        seconds = float(steps.sum()) / 1e3
+        p50, p95 = np.percentile(steps, [50, 95]) if len(steps) else (0.0, 0.0)
+        return {
+            "images_per_s": len(steps) * batch_size / seconds if seconds else 0.0,
+            "step_ms_p50": float(p50),
+            "step_ms_p95": float(p95),
+            "data_wait": sum(self.waits) / seconds if seconds else 0.0,
+            "peak_mem_mb": _peak_memory(self.device) / 2**20,
+            "seconds": seconds,
+        }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of the process where there is no GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

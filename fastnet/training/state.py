@@ -1,3 +1,5 @@
+"""How far a run is: all that a checkpoint needs besides weights and optimiser."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -5,7 +7,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainState:
-    """How far a run is. Epochs and steps count what is done; `step_in_epoch` is of the epoch under way."""
+    """Epochs and steps count what is done; `step_in_epoch` is of the epoch under way.
+
+    `totals` are the sums of that epoch (`metrics.Totals`) over all ranks, `logged` those at the last record of the
+    training loss, `metrics_bytes` the length of metrics.jsonl that belongs to this state.
+    """
 
     phase: int = 0
     epoch: int = 0

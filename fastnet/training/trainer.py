@@ -1,271 +1,323 @@
-"""A training step, an epoch of them, and evaluation, as functions.
+"""The training of one network, from its first step or its last checkpoint to its end.
 
-Legend: B images of a micro-batch, K classes, N images of a split.
+Shapes: B images of a micro-batch, K classes, S image size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.lock import RunLock
 from fastnet.distributed.ranks import Runtime
+from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
-from fastnet.input.streams import EvalStream, TrainStream
+from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
-from fastnet.profiling import span
-from fastnet.training.meter import BAD, COUNT, LOSS_UNIT, StepClock, _count, _means, _peak_memory
-from fastnet.training.phases import Phase, learning_rate, make_optimizer
+from fastnet.network.weights import load_backbone
+from fastnet.profiling import Window, span
+from fastnet.progress import Progress, track
+from fastnet.training import checkpoint
+from fastnet.training.evaluation import evaluate
+from fastnet.training.meter import Stopwatch
+from fastnet.training.parallel import data_parallel, share_weights, without_sync
+from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
+from fastnet.training.records import Recorder, last_scores, write_manifest
+from fastnet.training.setup import choices, open_streams
 from fastnet.training.state import TrainState
 
 
-@dataclass
-class Job:
-    """A phase under way: the network as the phase trains it, and where it is."""
+class Trainer:
+    """Trains `config.network` on `data` in the directory `run_dir`; `fit` tells the story.
 
-    config: Config
-    phase: Phase
-    network: Network
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    stream: TrainStream
-    runtime: Runtime
-    position: TrainState
-    totals: (
-        Tensor  # [4] int64 on the device: loss, top-1, count, non-finite losses of this rank in this epoch
-    )
-    waits: list[float] = field(default_factory=list)
-    clock: StepClock = field(default_factory=lambda: StepClock())  # defined below
-
-
-def begin_phase(
-    config: Config,
-    phase: Phase,
-    network: Network,
-    stream: TrainStream,
-    runtime: Runtime,
-    position: TrainState,
-) -> Job:
-    """Freezes what the phase freezes and wraps what it trains: optimiser, loss scaler, DistributedDataParallel."""
-    network.freeze_backbone(phase.frozen_backbone)
-    network.train()
-    optimizer = runtime.together(lambda: make_optimizer(phase, network, config))
-    model: nn.Module = network
-    if runtime.world_size > 1:
-        model = DistributedDataParallel(
-            network,
-            device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-            forward_sync_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-        _settle_buckets(model, network, runtime)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-    totals = torch.zeros(4, dtype=torch.int64, device=runtime.device)
-    return Job(config, phase, network, model, optimizer, scaler, stream, runtime, position, totals)
-
-
-def _settle_buckets(model: nn.Module, network: Network, runtime: Runtime) -> None:
-    """One backward pass without effect. DDP orders its gradient buckets anew after the first one, and the order of
-    the sums decides their last bits: a continued run must not meet that moment at another step."""
-    network.eval()
-    size = network.image_size
-    x = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
-    with runtime.autocast():
-        logits = model(x)
-    logits.sum().backward()
-    network.zero_grad(set_to_none=True)
-    network.train()
-
-
-def train_step(job: Job) -> None:
-    """One optimiser step on the next global batch. Nothing in it waits for the device."""
-    config, runtime, position = job.config, job.runtime, job.position
-    in_phase = position.phase_epoch * job.stream.steps_per_epoch + position.step_in_epoch
-    rate = learning_rate(job.phase, in_phase, job.stream.steps_per_epoch, config.warmup)
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
-    for part in range(config.accumulate):
-        started = time.perf_counter()
-        with span("data", runtime.device):
-            x, y, _ = next(job.stream)  # [B, 3, S, S], [B]
-        job.waits.append(time.perf_counter() - started)
-        last = part == config.accumulate - 1
-        with contextlib.nullcontext() if last else _no_sync(job.model):
-            with span("forward", runtime.device), runtime.autocast():
-                logits = job.model(x)  # [B, K]
-            # DDP averages over the ranks: with this factor every image of the global batch weighs the same.
-            loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="sum")
-            with span("backward", runtime.device):
-                job.scaler.scale(loss * (runtime.world_size / config.batch_size)).backward()
-        _count(job.totals, logits.detach(), y)
-    with span("optimizer", runtime.device):
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-        job.optimizer.zero_grad(set_to_none=True)
-    job.clock.tick()
-    position.step_in_epoch += 1
-    position.step += 1
-
-
-def _no_sync(model: nn.Module) -> contextlib.AbstractContextManager:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def summed_totals(job: Job) -> list[int]:
-    """The epoch's totals over all ranks; collective, and waits for the device.
-
-    Raises InputError, on every rank, if a loss was not finite.
+    Every method is collective: all ranks call it. `lock` is rank 0's hold on the directory.
     """
-    totals = job.runtime.sum_(job.totals.clone()).tolist()
-    if totals[BAD]:
-        raise InputError(
-            f"the loss is not finite by step {job.position.step}: nothing of it was saved; lower --lr "
-            f"{job.config.lr:g} or --head-lr {job.config.head_lr:g}, or lengthen --warmup, in another --run-dir"
+
+    def __init__(
+        self, config: Config, data: PreparedSet, run_dir: Path, runtime: Runtime, lock: RunLock | None = None
+    ) -> None:
+        self.config, self.data, self.run_dir, self.runtime, self.lock = config, data, run_dir, runtime, lock
+        torch.manual_seed(config.seed)
+        self.network = Network(config, len(data.classes))
+        self.phases = plan(config)
+        self.state = TrainState()
+        self.saved: dict[str, Any] | None = None
+        self.begun: int | None = None  # index of the phase that optimiser, loss scaler and model belong to
+        self.counter = Counter(runtime.device)
+        self.stopwatch = Stopwatch(runtime.device)
+
+    # --- the story
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the end of the last phase, to --max-steps, or to a signal, and returns what came of it."""
+        self.resume()
+        if self.state.done or 0 < self.config.max_steps <= self.state.step:
+            self.say(f"already done up to step {self.state.step}; give another --run-dir to train anew")
+            return self.outcome()
+        with self.resources():
+            while not self.state.done:
+                self.begin_phase()
+                if not self.train_epoch():
+                    return self.stop()
+                trained = self.epoch_record()
+                scores = self.evaluate()
+                self.end_epoch(trained, scores)
+                if self.state.step == self.config.max_steps:
+                    break
+            self.finish_saving()
+            if not self.state.done:
+                self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
+        return self.outcome()
+
+    def resume(self) -> None:
+        """Takes up the run's last checkpoint, or the weights that --weights names where there is none."""
+        saved = None
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                saved = checkpoint.load_last(self.run_dir, self.config, self.data.hash)
+        self.saved = self.runtime.from_main(saved)
+        with self.runtime.agree():
+            if self.saved:
+                checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved)
+                self.state = TrainState(**self.saved["position"])
+            elif self.runtime.is_main:
+                load_backbone(self.network, self.config.depth, self.config.weights)
+        self.network.to(self.runtime.device)
+        share_weights(self.network, self.runtime)
+
+    def begin_phase(self) -> None:
+        """Freezes what the phase freezes and makes its optimiser and loss scaler, unless it is under way already."""
+        if self.begun == self.state.phase:
+            return
+        config, runtime = self.config, self.runtime
+        self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
+        self.network.freeze_backbone(self.phase.frozen_backbone)
+        self.network.train()
+        with runtime.agree():
+            self.optimizer = make_optimizer(self.phase, self.network, config)
+        self.model = data_parallel(self.network, runtime)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
+        if self.saved and self.state.phase_epoch + self.state.step_in_epoch > 0:
+            self.optimizer.load_state_dict(self.saved["optimizer"])
+            self.scaler.load_state_dict(self.saved["scaler"])
+            if runtime.is_main:  # the totals are sums over the ranks, so one of them carries what was there
+                self.counter.sums += torch.tensor(Totals(*self.state.totals), device=runtime.device)
+
+    def train_epoch(self) -> bool:
+        """Trains to the end of the epoch under way, or to --max-steps. Returns False after a signal to stop."""
+        if self.state.phase_epoch == self.state.step_in_epoch == 0:
+            self.record("phase", phase=self.phase.name, step=self.state.step)
+        if self.state.step_in_epoch == 0:
+            self.counter.reset()
+            self.state.logged = list(Totals())
+        self.stopwatch.restart()
+        steps = self.train_stream.steps_per_epoch
+        with Progress(self.title, steps, "steps", done=self.state.step_in_epoch) as progress:
+            while self.state.step_in_epoch < steps:
+                self.train_step()
+                progress.add()
+                self.window.at(self.state.step)
+                if self.state.step % self.config.log_every == 0:
+                    self.record("step", **self.interval_record())
+                at_end = self.state.step == self.config.max_steps
+                stop, due = self.stop_signal.after_step(self.runtime.is_main and self.schedule.after_time())
+                if stop or at_end:
+                    return at_end
+                if due or self.schedule.after_steps(self.state.step):
+                    self.save()
+        return True
+
+    def train_step(self) -> None:
+        """One optimiser step on the next global batch. Nothing in it waits for the device."""
+        config, runtime, state = self.config, self.runtime, self.state
+        steps = self.train_stream.steps_per_epoch
+        rate = learning_rate(
+            self.phase, state.phase_epoch * steps + state.step_in_epoch, steps, config.warmup
         )
-    return totals
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(config.accumulate):
+            started = time.perf_counter()
+            with span("data", runtime.device):
+                x, y, _ = next(self.train_stream)  # [B, 3, S, S], [B]
+            self.stopwatch.waits.append(time.perf_counter() - started)
+            last = part == config.accumulate - 1
+            with contextlib.nullcontext() if last else without_sync(self.model):
+                with span("forward", runtime.device), runtime.autocast():
+                    logits = self.model(x)  # [B, K]
+                # DDP averages over the ranks: with this factor every image of the global batch weighs the same.
+                loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="sum")
+                with span("backward", runtime.device):
+                    self.scaler.scale(loss * (runtime.world_size / config.batch_size)).backward()
+            # Without label smoothing, to be comparable with the validation loss.
+            self.counter.add(logits.detach(), y)
+        with span("optimizer", runtime.device):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.stopwatch.step()
+        state.step_in_epoch += 1
+        state.step += 1
 
+    def evaluate(self) -> Totals:
+        """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights."""
+        share_weights(self.network, self.runtime)
+        batches = track(f"{self.title}: validation", self.val_stream, len(self.val_stream), "batches")
+        totals = evaluate(self.network, batches, self.runtime)
+        if totals.not_finite:
+            raise InputError(
+                f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
+            )
+        return totals
 
-def check_weights(job: Job) -> None:
-    """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
-    trained = [p for p in job.network.parameters() if p.requires_grad]
-    # Ranks hold the same weights, so that none needs to ask the others.
-    if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
-        raise InputError(
-            f"the weights are not finite after step {job.position.step}: nothing of it was saved; lower --lr or "
-            "--head-lr, or lengthen --warmup, in another --run-dir"
-        )
+    def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:
+        """Records the epoch, moves to the next one or the next phase, and saves."""
+        metrics_bytes = self.recorder.size()
+        with self.runtime.agree():
+            self.recorder.epoch(self.title, trained, scores)
+        if self.state.step_in_epoch == self.train_stream.steps_per_epoch:
+            best = scores.top1 > self.state.best_top1
+            finish_epoch(self.phases, self.state, scores.top1)
+            metrics_bytes = self.recorder.size()
+        else:
+            # A part of an epoch is no candidate for best.pt, and its record is cut off when the run continues: that
+            # must end like a run that was never stopped.
+            best = self.state.epoch == 0
+        self.save(best=best, metrics_bytes=metrics_bytes)
 
+    def save(self, *, best: bool = False, metrics_bytes: int | None = None) -> None:
+        """Saves all that is needed to continue from here. Raises InputError after a loss that was not finite."""
+        self.state.totals = list(self.summed_totals())
+        self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
+        self.check_weights()
+        # Between two phases there is no optimiser to keep.
+        under_way = self.state.phase_epoch + self.state.step_in_epoch > 0
+        content = {
+            "config": self.config.to_json(),
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict() if under_way else None,
+            "scaler": self.scaler.state_dict(),
+            "position": asdict(self.state),
+            "data_hash": self.data.hash,
+            "classes": self.data.classes,
+            "words": self.data.words,
+        }
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                self.writer.save(content, best=best)
 
-def train_epoch(job: Job, after_step: Callable[[Job], bool]) -> bool:
-    """Trains to the end of the epoch that `job.position` is in, or until `after_step` returns True: so does this."""
-    if job.position.step_in_epoch == 0:
-        job.totals.zero_()
-        job.position.logged = [0] * 4
-    job.waits = []
-    job.clock.start(job.runtime.device)
-    while job.position.step_in_epoch < job.stream.steps_per_epoch:
-        train_step(job)
-        if after_step(job):
-            return True
-    return False
+    def stop(self) -> dict[str, Any]:
+        """Ends the session after a signal, with everything saved."""
+        self.save()
+        self.finish_saving()
+        self.stop_signal.check_own(self.state.step)
+        self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")
+        return self.outcome()
 
+    # --- what it is made of
 
-def interval(job: Job) -> dict[str, Any]:
-    """Means over the steps since the last call in this epoch. Collective."""
-    totals, since = summed_totals(job), job.position.logged
-    job.position.logged = totals
-    return {
-        **_where(job),
-        **_means([now - then for now, then in zip(totals, since, strict=True)]),
-        "lr": _rate(job),
-    }
+    @contextlib.contextmanager
+    def resources(self) -> Iterator[None]:
+        """Opens streams, records, profiler window and checkpoint writer, catches signals, and closes all of it."""
+        config, runtime, run_dir = self.config, self.runtime, self.run_dir
+        with runtime.agree():
+            chosen = choices(config, runtime)
+        torch.set_num_threads(chosen["threads"])
+        with contextlib.ExitStack() as stack:
+            with runtime.agree():
+                streams = open_streams(config, self.data, runtime, self.state, chosen)
+            self.train_stream, self.val_stream = streams
+            stack.callback(self.train_stream.close)
+            stack.callback(self.val_stream.close)
+            with runtime.agree():
+                if runtime.is_main:
+                    write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
+            runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
+            if self.saved:
+                self.say(f"continues after step {self.state.step}")
+            with runtime.agree():
+                recorder = Recorder(
+                    run_dir, main=runtime.is_main, step=self.state.step, kept=self.state.metrics_bytes
+                )
+            trace = run_dir / f"trace-rank{runtime.rank}.json"
+            self.schedule = checkpoint.Schedule(config)
+            self.stop_signal = stack.enter_context(StopSignal(runtime))
+            self.recorder = stack.enter_context(recorder)
+            self.window = stack.enter_context(Window(config.profile_window, runtime.device, trace))
+            self.writer = stack.enter_context(checkpoint.Writer(run_dir / "last.pt", self.lock))
+            self.window.at(self.state.step)
+            yield
 
+    # --- what it says of itself
 
-def epoch_record(job: Job) -> dict[str, Any]:
-    """What an epoch's line of metrics.jsonl says of training. Collective. Times are this rank's, in this session."""
-    totals = summed_totals(job)
-    means = _means(totals)
-    steps = job.clock.milliseconds()
-    seconds = float(steps.sum()) / 1e3
-    p50, p95 = np.percentile(steps, [50, 95]) if len(steps) else (0.0, 0.0)
-    return {
-        **_where(job),
-        **means,
-        "train_count": totals[COUNT],
-        "lr": _rate(job),
-        "images_per_s": len(steps) * job.config.batch_size / seconds if seconds else 0.0,
-        "step_ms_p50": float(p50),
-        "step_ms_p95": float(p95),
-        "data_wait": sum(job.waits) / seconds if seconds else 0.0,
-        "peak_mem_mb": _peak_memory(job.runtime.device) / 2**20,
-        "seconds": seconds,
-    }
+    @property
+    def title(self) -> str:
+        return f"{self.phase.name} epoch {self.state.phase_epoch + 1}/{self.phase.epochs}"
 
+    def interval_record(self) -> dict[str, Any]:
+        """Means over the steps since the last record of this epoch."""
+        totals = self.summed_totals()
+        since = totals.since(Totals(*self.state.logged))
+        self.state.logged = list(totals)
+        return self.training_record(since)
 
-def _where(job: Job) -> dict[str, Any]:
-    return {"phase": job.phase.name, "epoch": job.position.epoch, "step": job.position.step}
+    def epoch_record(self) -> dict[str, Any]:
+        """What an epoch's line of metrics.jsonl says of training."""
+        totals = self.summed_totals()
+        speed = self.stopwatch.summary(self.config.batch_size)
+        return {**self.training_record(totals), "train_count": totals.images, **speed}
 
+    def training_record(self, totals: Totals) -> dict[str, Any]:
+        where = {"phase": self.phase.name, "epoch": self.state.epoch, "step": self.state.step}
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        return {**where, "train_loss": totals.mean_loss, "train_top1": totals.top1, "lr": rate}
 
-def _rate(job: Job) -> float:
-    return float(job.optimizer.param_groups[0]["lr"])
+    def summed_totals(self) -> Totals:
+        """The epoch's totals over all ranks; waits for the device. Raises InputError if a loss was not finite."""
+        totals = Totals(*self.runtime.sum_(self.counter.sums.clone()).tolist())
+        if totals.not_finite:
+            raise InputError(
+                f"the loss is not finite by step {self.state.step}; nothing of it was saved; lower --lr "
+                f"{self.config.lr:g} or --head-lr {self.config.head_lr:g}, or lengthen --warmup, in another --run-dir"
+            )
+        return totals
 
+    def check_weights(self) -> None:
+        """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        # The ranks hold the same weights, so none needs to ask the others.
+        if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
+            raise InputError(
+                f"the weights are not finite after step {self.state.step}; nothing of it was saved; lower --lr or "
+                "--head-lr, or lengthen --warmup, in another --run-dir"
+            )
 
-def state(job: Job) -> dict[str, Any]:
-    """What a checkpoint needs of a job. Between two phases there is no optimiser to keep."""
-    under_way = job.position.phase_epoch + job.position.step_in_epoch > 0
-    return {
-        "config": job.config.to_json(),
-        "model": job.network.state_dict(),
-        "optimizer": job.optimizer.state_dict() if under_way else None,
-        "scaler": job.scaler.state_dict(),
-        "position": asdict(job.position),
-    }
+    def record(self, event: str, **values: Any) -> None:
+        with self.runtime.agree():
+            self.recorder.event(event, **values)
 
+    def finish_saving(self) -> None:
+        with self.runtime.agree():
+            self.writer.finish()
 
-def restore(job: Job, saved: dict[str, Any]) -> None:
-    """Continues the phase that `saved` was in the middle of."""
-    job.optimizer.load_state_dict(saved["optimizer"])
-    job.scaler.load_state_dict(saved["scaler"])
-    if job.runtime.is_main:  # the totals are sums over the ranks: one of them carries what was there
-        job.totals += torch.tensor(job.position.totals, device=job.totals.device)
+    def say(self, line: str) -> None:
+        self.runtime.say(f"{self.run_dir}: {line}")
 
-
-@torch.inference_mode()
-def evaluate(network: Network, stream: EvalStream, runtime: Runtime) -> dict[str, float]:
-    """Loss, top-1, top-5 and count over the whole split, each image counted once. Collective.
-
-    Raises InputError, on every rank, if a loss was not finite.
-    """
-    network.eval()
-    totals = torch.zeros(4, dtype=torch.int64, device=runtime.device)
-    top5 = torch.zeros(1, dtype=torch.int64, device=runtime.device)
-    for x, y, _ in stream:
-        with runtime.autocast():
-            logits = network(x)  # [B, K]
-        _count(totals, logits, y)
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-        top5 += (best == y[:, None]).sum()
-    network.train()
-    loss, correct, count, bad, correct5 = runtime.sum_(torch.cat([totals, top5])).tolist()
-    if bad:
-        raise InputError(
-            f"the validation loss of {bad} images is not finite; lower --lr in another --run-dir"
-        )
-    return {
-        "loss": loss * LOSS_UNIT / count,
-        "top1": correct / count,
-        "top5": correct5 / count,
-        "count": count,
-    }
-
-
-@torch.inference_mode()
-def predict(network: Network, stream: EvalStream, n: int, runtime: Runtime) -> Tensor:
-    """Softmax scores [N, K] float32 on the CPU, in the split's order. One process."""
-    network.eval()
-    scores = torch.empty(0)
-    for x, _, index in stream:
-        with runtime.autocast():
-            logits = network(x)  # [B, K]
-        if not len(scores):
-            scores = torch.empty(n, logits.shape[1])
-        scores[torch.from_numpy(index)] = logits.softmax(dim=1).cpu()
-    return scores
-
-
-def share_state(network: Network, runtime: Runtime) -> None:
-    """Gives every rank the weights and batch norm statistics of rank 0, which are the ones that checkpoints keep."""
-    if runtime.world_size > 1:
-        for tensor in network.state_dict().values():
-            dist.broadcast(tensor, src=0)
+    def outcome(self) -> dict[str, Any]:
+        """The command's result: the last validation, if there was one, how far the run is, and its files."""
+        return {
+            **last_scores(self.run_dir),
+            "done": self.state.done,
+            "step": self.state.step,
+            "run": str(self.run_dir),
+            "files": [str(path) for path in sorted(self.run_dir.glob("[!.]*"))],
+        }

@@ -1,0 +1,71 @@
+"""The device that a process computes on, and in what precision."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastnet.errors import InputError
+
+NVIDIA_DEVICES = (Path("/dev"), "nvidia[0-9]*")
+
+
+def choose_device(choice: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """The device that `--device` means for this rank: auto is a GPU per rank, or the CPU on a machine without GPUs.
+
+    Raises InputError if a GPU is asked for, or is there, and CUDA does not work, and for more ranks than GPUs.
+    """
+    if choice == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if choice == "cuda" or _has_nvidia_device():
+            raise InputError(
+                f"--device {choice}: {_why_no_cuda()}; install a driver that fits this PyTorch, or insist on the CPU "
+                "with --device cpu"
+            )
+        return torch.device("cpu")
+    if local_world_size > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc_per_node {local_world_size}: more ranks than the {torch.cuda.device_count()} GPUs of this machine"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def _has_nvidia_device() -> bool:
+    """Whether this process could see an NVIDIA GPU; an empty $CUDA_VISIBLE_DEVICES hides them on purpose."""
+    folder, pattern = NVIDIA_DEVICES
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and any(folder.glob(pattern))
+
+
+def _why_no_cuda() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter
+        return f"CUDA does not work ({' '.join(str(error).split())})"
+    return "CUDA does not work"
+
+
+def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
+    """The autocast dtype that `--precision` means: auto is bf16 on sm_80 and newer, fp16 on older GPUs, and float32
+    (None) on the CPU.
+    """
+    if device.type == "cpu":
+        if choice not in ("auto", "fp32"):
+            raise InputError(f"--precision {choice}: needs a GPU; use auto or fp32 here")
+        return None
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    if choice == "bf16" and not modern:
+        raise InputError("--precision bf16: this GPU is older than sm_80; use fp16")
+    if choice == "auto":
+        choice = "bf16" if modern else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[choice]
+
+
+def threads_per_rank() -> int:
+    """The cores that this process may use, shared among the ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
