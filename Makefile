@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench constraints
+.PHONY: setup demo test check lint bench gpu constraints
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -14,13 +14,19 @@ demo: setup
 	$(BIN)/python -m fastnet.prepare sample --out data/sample
 	$(BIN)/python -m fastnet.paper --data data/sample --out demo
 
+# Two workers, as two cores have: tests that start ranks of their own stay together in one of them.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The part to run while working: under 90 s on two cores.
+check: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: setup
 	$(BIN)/python -m benchmarks.lstm --quick

@@ -127,7 +127,7 @@ def test_an_evaluation_can_be_broken_off_and_repeated_beside_training(train: Spl
     assert all(torch.equal(pixels[0][i], pixels[1][i]) for i in pixels[0])
 
 
-def test_batches_are_channels_last_in_dalis_own_memory(train: Split) -> None:
+def test_batches_are_channels_last_in_dalis_own_memory(train: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     source = stream(train)
     assert source._pipe is not None
     outputs, addresses = source._pipe.outputs, []
@@ -137,7 +137,7 @@ def test_batches_are_channels_last_in_dalis_own_memory(train: Split) -> None:
         addresses.append(given[0].as_tensor().data_ptr())
         return given
 
-    source._pipe.outputs = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(source._pipe, "outputs", spy)
     for _ in range(5):
         batch = next(source)
         assert batch.x.data_ptr() == addresses[-1]
