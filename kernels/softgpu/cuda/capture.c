@@ -174,7 +174,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *x, cudaGraph_t g, uns
 cudaError_t cudaGraphUpload(cudaGraphExec_t x, cudaStream_t s) { return cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s) {
     count(C_graph_launches, 1);
-    if (on_graph) on_graph(((Graph *)x)->id, GRAPH_LAUNCHED);
+    if (on_graph && !on_graph(((Graph *)x)->id, GRAPH_LAUNCHED)) return failed(cudaErrorLaunchFailure);
     return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t g) { return cudaSuccess; }

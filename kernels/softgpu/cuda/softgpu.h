@@ -23,7 +23,7 @@
 /* Called from Python by name. */
 typedef void (*on_wait_t)(const char *what);
 typedef void (*on_captured_t)(long graph, const char *what, void *to, const void *from, size_t n, int value);
-typedef void (*on_graph_t)(long graph, int what);
+typedef int (*on_graph_t)(long graph, int what); /* 0: it failed */
 enum { GRAPH_LAUNCHED, GRAPH_DESTROYED, CAPTURE_ENDED };
 
 /* What the files share stays inside the library: its names must not reach torch's. */
@@ -31,7 +31,7 @@ enum { GRAPH_LAUNCHED, GRAPH_DESTROYED, CAPTURE_ENDED };
 
 #define COUNTERS(X)                                                                                                  \
     X(kernels) X(triton) X(h2d) X(d2h) X(d2d) X(peer) X(h2d_bytes) X(d2h_bytes) X(pageable) X(memsets) X(waits)      \
-    X(events) X(mallocs) X(frees) X(host_allocs) X(graph_launches) X(captures) X(refused)
+    X(events) X(mallocs) X(frees) X(host_allocs) X(graph_launches) X(captures) X(refused) X(profiles)
 enum {
 #define X(name) C_##name,
     COUNTERS(X)

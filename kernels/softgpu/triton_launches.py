@@ -1,0 +1,82 @@
+"""Triton kernels on "cuda" tensors: compiled and launched as ever, and then run from their PTX by ptxrun.
+
+The launch goes through Triton's own JIT, launcher and driver (cuda/kernels.c counts it). What it compiled for the
+device, which says it is sm_80, is then executed on the tensors' memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from ptxrun import launch
+from softgpu import graphs, watching
+from softgpu.host import alias, region
+
+_binders: dict[JITFunction, Any] = {}
+
+
+def _bind(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All parameters of the kernel by name."""
+    if fn not in _binders:
+        backend = make_backend(GPUTarget("cuda", 80, 32))
+        _binders[fn] = create_function_from_signature(fn.signature, fn.params, backend)
+    bound, _, _ = _binders[fn](*args, **{"debug": False, **kwargs})
+    return bound
+
+
+def _execute(name: str, kernel: Any, grid: Any, bound: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Runs the compiled `kernel` on the memory of its arguments; within a capture at each replay instead."""
+    names = [n for n, kind in kernel.src.signature.items() if kind != "constexpr"]
+    here = torch.cuda.current_device()
+    tensors = {n: bound[n] for n in names if isinstance(bound[n], torch.Tensor)}
+    for n, tensor in tensors.items():
+        if not tensor.is_cuda or tensor.device.index != here:
+            raise RuntimeError(f"softgpu: {name} runs on cuda:{here}, its {n} is on {tensor.device}")
+    values = [alias(bound[n]) if n in tensors else bound[n] for n in names]
+    sizes = grid(bound) if callable(grid) else grid
+    meta = kernel.metadata
+
+    def run() -> None:
+        stats = launch(
+            kernel.asm["ptx"],
+            sizes,
+            values,
+            meta.num_warps,
+            meta.shared,
+            names=names,
+            entry=meta.name,
+            scratch_bytes=meta.global_scratch_size,
+            **options,
+        )
+        watching.note_launch(name, stats)
+
+    graph = graphs.capturing(here)
+    if graph:
+        graphs.keep(graph, map(region, tensors.values()))
+        graphs.record(graph, run)
+    else:
+        run()
+
+
+def install(mode: str, **options: Any) -> None:
+    """`mode`: exact executes every launch, null counts and drops it. `options` are those of ptxrun.launch."""
+    if mode not in ("exact", "null"):
+        raise ValueError(f"triton={mode!r}: must be exact or null")
+    given = JITFunction.run
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = given(self, *args, grid=grid, warmup=warmup, **kwargs)
+        if not warmup and kernel is not None:
+            if mode == "exact":
+                _execute(self.__name__, kernel, grid, _bind(self, args, kwargs), options)
+            else:
+                watching.note_launch(self.__name__, None)
+        return kernel
+
+    JITFunction.run = run
