@@ -59,7 +59,7 @@ class SettingsParser(Parser):
         self.add_argument(
             "preset",
             nargs="?",
-            choices=list(PRESETS),
+            metavar="PRESET",
             help="the settings that no flag gives: paper (ResNet-18 from ImageNet weights at 224 px), fast (the same "
             "at 128 px in fewer epochs) or sample (64 px from random weights, minutes on a CPU); default: sample "
             "for the generated sample set, else paper",
@@ -80,6 +80,9 @@ class SettingsParser(Parser):
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The arguments by name. With --help it prints the help and exits."""
         given = vars(self.parse_args(argv))
+        # Checked here and not by argparse, which takes the value of a misspelt flag for a wrong preset.
+        if given["preset"] not in (None, *PRESETS):
+            raise InputError(f"{given['preset']}: no such preset; name one of {', '.join(PRESETS)}")
         if given.pop("help"):
             preset, network = given["preset"] or "paper", given.get("network", "baseline")
             config = PRESETS[preset](network)

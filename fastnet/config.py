@@ -51,7 +51,9 @@ class Config:
     )
     seq_len: int = _flag(64, "network", "channels in a sequence, a divisor of the stages' channels", least=1)
     weights: str = _flag("imagenet", "network", "imagenet, none, or a file of ResNet weights or a checkpoint")
-    backend: Literal["auto", "triton", "torch"] = _flag("auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch"))
+    backend: Literal["auto", "triton", "torch"] = _flag(
+        "auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch")
+    )
 
     decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
     threads: int = _flag(0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", least=0)
@@ -98,11 +100,7 @@ class Config:
         for owner in (self, self.augment):
             for item in dataclasses.fields(owner):
                 _check(flag_name(item), getattr(owner, item.name), item.metadata)
-        if self.image_size % 32:
-            below, above = self.image_size // 32 * 32, -(-self.image_size // 32) * 32
-            raise InputError(
-                f"--image-size {self.image_size}: must be a multiple of 32, such as {below or above} or {above}"
-            )
+        check_image_size(self.image_size)
         unknown = [stage for stage in self.stages if stage not in STAGE_STRIDES]
         if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
             raise InputError(
@@ -162,6 +160,13 @@ class Config:
         return Config(
             **{**values, "stages": tuple(values["stages"]), "augment": Augment(**values["augment"])},
         )
+
+
+def check_image_size(size: int) -> None:
+    """Raises InputError unless the five halvings of a ResNet divide `size`."""
+    below, above = max(1, size // 32) * 32, max(1, -(-size // 32)) * 32
+    if size != below:
+        raise InputError(f"--image-size {size}: must be a multiple of 32, such as {below} or {above}")
 
 
 def stage_channels(depth: int, stage: str) -> int:

@@ -1,3 +1,5 @@
+"""What made a result: versions, git revision and machine."""
+
 from __future__ import annotations
 
 import os

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from itertools import pairwise
 
 import pytest
 
-from fastnet.cli import Parser
-from fastnet.config import PRESETS, Augment, Config, add_flags, from_flags
+from fastnet.cli import SettingsParser, as_arguments
+from fastnet.config import PRESETS, Augment, Config, choose_preset, with_flags
 from fastnet.errors import InputError
-from fastnet.training import phases
-from fastnet.training.state import TrainState
 
 # The command line is an interface: scripts rely on these flags.
 FLAGS = """
---accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --epochs
+--accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --device --epochs
 --erase --eval-crop --flip --head-epochs --head-lr --head-optimizer --image-size --label-smoothing
 --log-every --lr --max-steps --min-crop --momentum --network --optimizer --plateau --plateau-delta
 --precision --profile-steps --seed --seq-len --stages --threads --timeout --warmup --weight-decay --weights
@@ -24,17 +21,13 @@ FLAGS = """
 
 
 def parsed(*argv: str, preset: str = "paper") -> Config:
-    parser = Parser(prog="train.py", description="")
-    add_flags(parser)
-    flags = vars(parser.parse_args(argv))
-    return from_flags(PRESETS[preset](flags.get("network", "baseline")), flags)
+    given = SettingsParser(prog="train.py", description="").parse(argv)
+    return with_flags(PRESETS[preset](given.get("network", "baseline")), given)
 
 
 def test_flags_are_what_scripts_rely_on() -> None:
-    parser = Parser(prog="train.py", description="")
-    before = set(parser._option_string_actions)
-    add_flags(parser)
-    assert sorted(set(parser._option_string_actions) - before) == FLAGS.split()
+    parser = SettingsParser(prog="train.py", description="")
+    assert sorted(action.option_strings[0] for action, _, _ in parser.settings) == FLAGS.split()
 
 
 def test_every_field_is_reached_by_its_flag() -> None:
@@ -55,8 +48,10 @@ def test_every_field_is_reached_by_its_flag() -> None:
 def test_presets() -> None:
     paper = PRESETS["paper"]("lstm")
     assert (paper.image_size, paper.weights, paper.seq_len) == (224, "imagenet", 64)
-    assert [phase.name for phase in phases.plan(paper)] == ["head", "full"]
-    assert [phase.name for phase in phases.plan(PRESETS["paper"]("baseline"))] == ["full"]
+    assert (
+        choose_preset(None, "zip") is PRESETS["paper"] and choose_preset(None, "sample") is PRESETS["sample"]
+    )
+    assert choose_preset("fast", "sample") is PRESETS["fast"]
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -83,6 +78,7 @@ def test_config_survives_json(preset: str, network: str) -> None:
         (["--profile-steps", "7:5"], r"--profile-steps 7:5: give A:B with A below B"),
         (["--profile-steps", "7"], r"--profile-steps 7: give A:B with A below B"),
         (["--epochs", "0"], r"--epochs 0 with --head-epochs 0: nothing to train"),
+        (["large"], r"large: no such preset; name one of paper, sample, fast"),
         (["--batchsize", "3"], r"unrecognized arguments: --batchsize"),
     ],
 )
@@ -91,29 +87,45 @@ def test_wrong_values_are_named(argv: list[str], message: str) -> None:
         parsed(*argv)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    phase = phases.Phase("full", False, 4, "sgd", 0.5, 0, 0.0)
-    rates = [phases.learning_rate(phase, step, 10, warmup_epochs=1.0) for step in range(40)]
-    assert rates[:10] == pytest.approx([0.5 * (i + 1) / 11 for i in range(10)])
-    assert rates[10] == 0.5
-    assert rates[25] == pytest.approx(0.25)  # half way between warmup and end
-    assert all(a > b for a, b in pairwise(rates[10:]))
-    assert 0 < rates[39] < 0.002
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (
+            ["--help"],
+            {"--network": "baseline", "--lr": "0.02", "--image-size": "224", "--stages": "conv4,conv5"},
+        ),
+        (["sample", "--help"], {"--network": "baseline", "--lr": "0.05", "--head-epochs": "0"}),
+        (["-h", "--network", "lstm", "sample"], {"--network": "lstm", "--lr": "0.05", "--head-epochs": "3"}),
+        (["fast", "--help"], {"--batch-size": "512", "--image-size": "128"}),
+    ],
+    ids=["nothing named", "a preset", "preset and network", "fast"],
+)
+def test_help_shows_one_default_a_flag(
+    argv: list[str], shown: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        SettingsParser(prog="train.py", description="").parse(argv)
+    text, defaults, _ = " ".join(capsys.readouterr().out.split()).partition("Defaults shown")
+    assert ended.value.code == 0 and defaults
+    for flag, value in shown.items():
+        described = text[text.rindex(f" {flag} ") :]
+        assert described.split("(default: ")[1].split(")")[0] == value, flag
 
 
-def test_a_plateau_keeps_the_rate_and_ends_the_phase() -> None:
-    plan = [
-        phases.Phase("head", True, 20, "adamw", 0.1, 2, 0.01),
-        phases.Phase("full", False, 2, "sgd", 0.1, 0, 0.0),
-    ]
-    assert {phases.learning_rate(plan[0], step, 10, 1.0) for step in range(10, 200)} == {0.1}
-    position = TrainState()
-    for top1 in (0.5, 0.505, 0.52, 0.525):  # better, flat, better, flat
-        phases.finish_epoch(plan, position, top1)
-        assert position.phase == 0
-    phases.finish_epoch(plan, position, 0.52)
-    assert (position.phase, position.epoch, position.phase_epoch, position.best_top1) == (1, 5, 0, 0.525)
-    phases.finish_epoch(plan, position, 0.1)
-    assert not position.done
-    phases.finish_epoch(plan, position, 0.1)
-    assert position.done
+def test_settings_survive_the_command_line() -> None:
+    flags = {
+        "stages": ("conv3", "conv5"),
+        "lr": 0.5,
+        "apex": True,
+        "flip": 0.25,
+        "network": "lstm",
+        "preset": None,
+    }
+    assert as_arguments(flags) == (
+        ["--network", "lstm", "--stages", "conv3,conv5", "--lr", "0.5", "--apex", "--flip", "0.25"]
+    )
+    assert parsed(*as_arguments(flags)) == with_flags(PRESETS["paper"]("lstm"), flags)
+
+
+def test_the_order_of_stages_makes_no_other_network() -> None:
+    assert parsed("--stages", "conv5,conv4") == parsed("--stages", "conv4,conv5")

@@ -68,6 +68,9 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     assert (out / "figures" / "training.png").exists()
     config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
     assert config["weights"] == "none" and config["head_epochs"] == 1
+    baseline = json.loads((out / "baseline" / "manifest.json").read_text())["config"]
+    assert baseline["head_epochs"] == 0
+    assert "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase" in done.stderr
 
 
 def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:

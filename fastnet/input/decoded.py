@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.data_node import DataNode
-from nvidia.dali.tensors import TensorCPU
 
+from fastnet.data.decoding import Decoder, chunks
 from fastnet.data.lock import exclusive
 from fastnet.data.prepared import Split, read_meta
 from fastnet.errors import InputError
@@ -23,7 +21,6 @@ from fastnet.files import atomic_write
 from fastnet.progress import track
 
 HEADER = 128
-CHUNK = 256
 
 
 class DecodedImages:
@@ -37,7 +34,7 @@ class DecodedImages:
         self.sizes = split.sizes
         areas = split.sizes.astype(np.int64).prod(axis=1) * 3
         self.starts = HEADER + np.concatenate([[0], np.cumsum(areas)])  # [N + 1]
-        digest = read_meta(split.path.parent)["splits"][split.name]["sha256"]
+        digest = read_meta(split.path.parent).splits[split.name].sha256
         header = f"fastnet raw 1 {digest}\n".encode().ljust(HEADER)
         if not path.exists():
             try:
@@ -75,16 +72,6 @@ def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> N
 
 
 def _decoded(split: Split, threads: int) -> Iterator[np.ndarray]:
-    chunks = (range(at, min(at + CHUNK, len(split))) for at in range(0, len(split), CHUNK))
-    source = ([TensorCPU(split.jpeg(i), "") for i in chunk] for chunk in chunks)
-    pipe = _decoder(source, batch_size=CHUNK, num_threads=threads, device_id=None)
-    for _ in range(0, len(split), CHUNK):
-        (images,) = pipe.run()
-        for i in range(len(images)):
-            yield np.asarray(images[i])
-
-
-@pipeline_def
-def _decoder(source: Iterator[list[TensorCPU]]) -> DataNode:
-    encoded = fn.external_source(source=source, no_copy=True)
-    return fn.decoders.image(encoded, adjust_orientation=False)
+    decoder = Decoder(threads)
+    for chunk in chunks(split.sizes):
+        yield from decoder([split.jpeg(i) for i in chunk])

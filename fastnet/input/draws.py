@@ -1,10 +1,9 @@
-"""What happens to a sample in training, and the boxes of evaluation.
+"""What happens to an image in training, and the crops of evaluation.
 
 Everything random is drawn here, by numpy's counter-based Philox generator keyed by (seed, epoch): row i of an
-epoch's draws belongs to sample i. So it depends neither on the batch that a sample falls into nor on who
-computes it. DALI's own random operators have no such key; they are not used.
+epoch's draws belongs to image i, whatever batch it falls into and whichever rank computes it. DALI's own random operators have no such key; they are not used.
 
-Shapes: N samples of the split, B of the batch, K = DRAWS numbers per sample. Boxes are (row, column) pairs in
+Shapes: N images of the split, B of the batch, K = DRAWS numbers per image. Boxes are (row, column) pairs in
 pixels of the stored image, not rounded.
 """
 
@@ -33,7 +32,7 @@ def operations_per_image(policy: str) -> int:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The shuffle [N] of `n` samples in an epoch, the same on every rank."""
+    """The shuffle [N] of `n` images in an epoch, the same on every rank."""
     return np.random.Generator(_philox(seed, epoch)).permutation(n)
 
 
@@ -68,7 +67,7 @@ def random_boxes(
 
 
 def train_inputs(augment: Augment, u: NDArray, sizes: NDArray, image_size: int) -> dict[str, NDArray]:
-    """The graph's inputs, name -> [B] or [B, 2], for samples with draws `u` [B, K] and `sizes` [B, 2]."""
+    """The graph's inputs, name -> [B] or [B, 2], for images with draws `u` [B, K] and `sizes` [B, 2]."""
     u = u.astype(np.float64)
     start, end = random_boxes(u[:, CROP], sizes, (augment.min_crop, 1.0), CROP_RATIO)
     inputs = {"start": _f32(start), "end": _f32(end), "mirror": _i32(u[:, FLIP] < augment.flip)}

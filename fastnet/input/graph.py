@@ -1,3 +1,5 @@
+"""The DALI graph that turns encoded images into training tensors; one definition for CPU and GPU."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -49,7 +51,7 @@ def graph(
 ) -> DataNode:
     """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
 
-    `normalise_first`: before resizing instead of after it, for which there may be no policy.
+    `normalise_first`: before resizing instead of after it; only without a policy.
     Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
     """
     forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]

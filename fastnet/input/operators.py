@@ -1,3 +1,5 @@
+"""The colour and shape changes of the augmentation policies, as DALI operators driven by our own draws."""
+
 from __future__ import annotations
 
 import warnings

@@ -1,10 +1,10 @@
 """Prepared set -> batches on the training device, through one DALI graph for CPU and GPU.
 
-Order and augmentation follow from (seed, epoch, sample) alone, so a step's global batch is a slice of the
-epoch's order whatever the number of ranks, and two integers (epoch, step) say where to go on.
+Order and augmentation follow from (seed, epoch, image) alone, so a step's global batch is a slice of the
+epoch's order whatever the number of ranks, and two integers (epoch, step) say where to continue.
 
 DALI reads the encoded images in place (views of the mapped file) and writes HWC; the NCHW view of that is
-channels_last, so nothing is copied between the decoder and the first convolution.
+channels_last, so no layout is converted. DALI has no bfloat16: under bf16 autocast the float16 batch is cast once.
 
 Shapes: B images of a micro-batch, H = W = image_size.
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from nvidia.dali.tensors import TensorCPU
 
-from fastnet.config import Augment
+from fastnet.config import Augment, check_image_size
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
@@ -44,7 +44,7 @@ def part(n: int, index: int, parts: int) -> slice:
 
 
 def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -> slice:
-    """A rank's share of a step: a slice of the epoch's order of `n` samples. `batch_size` is global."""
+    """A rank's share of a step: a slice of the epoch's order of `n` images. `batch_size` is global."""
     if not 0 <= step < n // batch_size:
         raise IndexError(f"step {step} of an epoch of {n // batch_size}")
     share = part(batch_size, rank, world_size)
@@ -52,7 +52,7 @@ def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -
 
 
 class _Feed:
-    """The graph's source. Keeps what it handed to DALI, which does not copy it, until the batch is out."""
+    """The graph's source. DALI does not copy what it is handed, so it is kept here until its batch is out."""
 
     def __init__(self, image: Callable[[int], NDArray], layout: str) -> None:
         self.image, self.layout = image, layout
@@ -69,17 +69,15 @@ class _Stream:
     def __init__(
         self, split: Split, spec: InputSpec, names: tuple[str, ...], policy: str, largest: int
     ) -> None:
-        if spec.image_size < 32 or spec.image_size % 32:
-            raise InputError(f"--image-size {spec.image_size}: must be a multiple of 32")
-        if spec.decode == "gpu":
-            resolve_decode(spec.decode, spec.device)
+        check_image_size(spec.image_size)
+        resolve_decode(spec.decode, spec.device)
         self._split, self._spec = split, spec
         if spec.decode == "raw":
             self._feed = _Feed(DecodedImages(split, spec.threads), "HWC")
         else:
             self._feed = _Feed(split.jpeg, "")
-        # On the CPU the order that normalises fewer pixels is the faster one (and where that comes first,
-        # resizing rounds to no grey levels). On a GPU normalising to half precision is the cheaper end.
+        # On the CPU it is faster to normalise the smaller image (before resizing, that also spares a rounding to grey
+        # levels). On a GPU it is cheaper to normalise last, into half precision.
         small = split.sizes.prod(axis=1).mean() < spec.image_size**2
         plain = policy == "none" and "erase_start" not in names
         self._pipe: Pipeline | None = graph(
@@ -96,7 +94,8 @@ class _Stream:
     def _take(self) -> Batch:
         if self._pipe is None:
             raise RuntimeError("the stream is closed")
-        # Bound to torch's stream: DALI's work is waited for there, and memory is given back in its order.
+        # Bound to torch's stream, which waits for DALI's work. When `x` is dropped, DALI's DLPack deleter hands its
+        # buffer to a thread that synchronises the device before it frees it (include/dali/core/dltensor.h).
         stream = torch.cuda.current_stream(self._spec.device) if self._spec.device.type == "cuda" else None
         (images,) = self._pipe.outputs(cuda_stream=stream)
         index, _ = self._feed.under_way.popleft()
@@ -141,7 +140,7 @@ class TrainStream(_Stream):
                 f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
                 f"{world_size * accumulate}"
             )
-        self.steps_per_epoch = len(split) // batch_size
+        self.steps_per_epoch, self.accumulate = len(split) // batch_size, accumulate
         names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
         largest = -(-batch_size // (world_size * accumulate))
         super().__init__(split, spec, names, augment.policy, largest)
@@ -161,6 +160,10 @@ class TrainStream(_Stream):
         assert self._pipe is not None
         self._pipe.schedule_run()
 
+    def __len__(self) -> int:
+        """Micro-batches in an epoch, although the stream itself is endless."""
+        return self.steps_per_epoch * self.accumulate
+
     def __iter__(self) -> TrainStream:
         return self
 
@@ -169,7 +172,7 @@ class TrainStream(_Stream):
 
 
 class EvalStream(_Stream):
-    """A rank's share of a split, in order, each sample once. Can be iterated again and again, one at a time.
+    """A rank's share of a split, in order, each image once. Can be iterated any number of times, one iteration at a time.
 
     `batch_size` is per rank; the last batch may be smaller.
     """

@@ -49,7 +49,8 @@ def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | Non
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **content}, buffer)
     kept = "the previous checkpoint is intact" if path.exists() else "nothing was saved yet"
-    with atomic_write(path, full=f"{kept}; free some space and run the same command again") as beside:
+    full = f"{kept}; free some space and run the same command again"
+    with atomic_write(path, full=full) as beside:
         with beside.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -57,7 +58,7 @@ def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | Non
         if lock is not None:
             lock.check()
         if best:
-            with atomic_write(path.with_name("best.pt")) as copy:
+            with atomic_write(path.with_name("best.pt"), full=full) as copy:
                 shutil.copyfile(beside, copy)
 
 

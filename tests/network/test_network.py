@@ -107,19 +107,63 @@ def test_first_convolution_reads_the_given_memory() -> None:
     """No copy, whatever its kind, between the pipeline's images and the first convolution."""
     config = Config(image_size=64)
     network, x = Network(config, 3).eval(), images(config)
-    seen: list[tuple[str, int]] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if isinstance(args[0], Tensor):
-                seen.append((str(func), args[0].data_ptr()))
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Watch():
+    with torch.no_grad(), OperatorsOn(x) as seen:
         network(x)
-    assert seen[0] == ("aten.convolution.default", x.data_ptr())
+    assert seen.names == ["aten.convolution.default"]
     with pytest.raises(ValueError, match="channels_last"):
         network(x.contiguous())
+
+
+def test_bf16_autocast_casts_the_batch_once() -> None:
+    """DALI has no bfloat16: the batch arrives in float16, and its layout survives the one cast."""
+    config = Config(image_size=64)
+    network, x = Network(config, 3).eval(), images(config).half()
+    with torch.no_grad(), OperatorsOn(x) as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        network(x)
+    assert seen.names == ["aten._to_copy.default"] and seen.results[0].dtype == torch.bfloat16
+    with (
+        OperatorsOn(seen.results[0]) as of_the_copy,
+        torch.no_grad(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+    ):
+        network(seen.results[0])
+    assert of_the_copy.names == ["aten.convolution.default"]
+
+
+class OperatorsOn(TorchDispatchMode):
+    """The operators that take `x`'s memory as their first argument, and what they return."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.address = x.data_ptr()
+        self.names: list[str] = []
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(args[0], Tensor) and args[0].data_ptr() == self.address:
+            self.names.append(str(func))
+            self.results.append(result)
+        return result
+
+
+# The number of tensors in torchvision's published IMAGENET1K_V1 files, which have no num_batches_tracked.
+PUBLISHED = {18: 102, 34: 182, 50: 267}
+
+
+@pytest.mark.parametrize("depth", PUBLISHED)
+@pytest.mark.parametrize("form", ["tensors", "parameters"])
+def test_published_weights_load(depth: int, form: str, tmp_path: Path) -> None:
+    source = torchvision.models.get_model(f"resnet{depth}")
+    state = source.state_dict(keep_vars=form == "parameters")
+    published = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    assert len(published) == PUBLISHED[depth]
+    torch.save(published, tmp_path / "resnet.pth")
+    network = Network(Config(image_size=64, depth=depth), 5)
+    load_backbone(network, depth, str(tmp_path / "resnet.pth"))
+    own = network.backbone.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in published.items() if name in own)
+    assert int(own["bn1.num_batches_tracked"]) == 0
 
 
 def test_weights_from_a_torchvision_file(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_records(whole: Path) -> None:
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["config"]["network"] == "lstm" and len(manifest["data"]["hash"]) == 64
     (session,) = manifest["sessions"]
-    assert session["lstm backend"] == "torch" and session["decode"] == "cpu" and session["ranks"] == 1
+    assert session["lstm_backend"] == "torch" and session["decode"] == "cpu" and session["ranks"] == 1
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] and session["from_step"] == 0
     assert list((whole / "tensorboard").iterdir())
 
@@ -281,6 +281,24 @@ def test_debug_shows_the_traceback(
     assert ended.value.code == 2 and "Traceback" in capsys.readouterr().err
 
 
+def test_debug_shows_where_an_error_among_ranks_came_from(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*TINY, "--data", str(tiny_set), "--run-dir", str(tmp_path / "run"), "--weights", "nowhere.pth"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--debug"])
+    with pytest.raises(SystemExit):
+        train.cli()
+    assert "in _file_state" in capsys.readouterr().err
+
+
+def test_what_may_change_when_a_run_continues(tiny_set: Path, tmp_path: Path, whole: Path) -> None:
+    """How often it records changes no result, and naming the stages in another order is no other network."""
+    run_here(tiny_set, tmp_path / "run", "--max-steps", "3", "--stages", "conv5,conv4")
+    assert run_here(tiny_set, tmp_path / "run", "--log-every", "7", "--stages", "conv4,conv5")["done"]
+    continued, straight = (load(run / "last.pt")["model"] for run in (tmp_path / "run", whole))
+    assert all(torch.equal(continued[name], straight[name]) for name in straight)
+
+
 def test_a_port_in_use_is_named(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +309,7 @@ def test_a_port_in_use_is_named(
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
         line = refused(capsys, monkeypatch, *TINY, "--data", tiny_set, "--run-dir", tmp_path / "run")
-    assert f"127.0.0.1:{port}: ranks cannot meet: the port is in use" in line
+    assert f"127.0.0.1:{port}: the ranks cannot meet there: the port is in use" in line
 
 
 def test_bad_input_ends_every_rank(tiny_set: Path, tmp_path: Path) -> None:
@@ -331,7 +349,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             "--log-every",
             "2",
         )
-        assert f"{run / 'last.pt'}: no space left on the disk; the checkpoint of before is kept" in line
+        assert f"{run}/" in line and ": no space left on the disk; the previous checkpoint is intact" in line
         assert load(run / "last.pt")["position"]["step"] == 3
         assert not list(run.glob(".*.*"))
     finally:
@@ -385,7 +403,7 @@ def test_two_processes_do_not_share_a_run(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with lock.claimed(run, Runtime(torch.device("cpu"))):
+    with lock.run_lock(run, Runtime(torch.device("cpu"))):
         line = refused(capsys, monkeypatch, *TINY, "--data", tiny_set, "--run-dir", run)
     assert f"{run}: another process is training there" in line
 

@@ -1,0 +1,107 @@
+"""Image files that are in no prepared set, as a split without labels."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from fastnet.data.entries import natural
+from fastnet.data.image import BadImage, Examiner, header_size
+from fastnet.data.prepared import Split
+from fastnet.errors import InputError
+
+NAMED = 10  # bad files that an error line names
+CHUNK = 32  # images examined at a time
+# PIL reads more; some of those readers start other programs (EPS), which no stranger's file should.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files that `paths` name: a folder stands for the images below it in natural order, `-` for the list of
+    files on standard input, one per line.
+
+    In a folder, files whose suffix no image format has are passed over, and so is what is hidden. Raises InputError for
+    a path that is not there, or a folder without images.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if str(path) == "-":
+            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
+        elif path.is_dir():
+            below = sorted(_images_below(path), key=lambda file: natural(str(file)))
+            if not below:
+                raise InputError(f"--images {path}: no image file in it")
+            files += below
+        else:
+            files.append(path)
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f"--images {missing[0]}: no such file or folder")
+    return files
+
+
+def _images_below(folder: Path) -> Iterable[Path]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in suffixes and file.is_file() and not hidden:
+            yield file
+
+
+def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
+    """The images as a split without labels, encoded and held in memory. Names are relative to `folder`, if given.
+
+    JPEG and PNG files are taken as they are; files of the other `FORMATS` are turned into an RGB PNG, without loss.
+    Raises InputError naming the images that cannot be decoded.
+    """
+    images: list[bytes] = []
+    sizes: list[tuple[int, int]] = []
+    problems: list[str] = []
+    examine = Examiner()
+    for start in range(0, len(files), CHUNK):
+        chunk = files[start : start + CHUNK]
+        encoded = [_encoded(file) for file in chunk]
+        for file, image, found in zip(chunk, encoded, examine(encoded), strict=True):
+            if isinstance(found, BadImage):
+                problems.append(f"{file} {found}")
+            else:
+                images.append(image)
+                sizes.append(found)
+    if problems:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise InputError(f"--images: {'; '.join(problems[:NAMED])}{more}")
+    ends = np.cumsum([len(image) for image in images])
+    return Split(
+        name="images",
+        path=folder or Path(),
+        labels=np.full(len(images), -1, np.int64),
+        sizes=np.array(sizes, np.int32),
+        table=pa.table({"name": [str(file.relative_to(folder) if folder else file) for file in files]}),
+        mapped=np.frombuffer(b"".join(images), np.uint8),
+        bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
+    )
+
+
+def _encoded(file: Path) -> bytes:
+    """The file's bytes, or those of a PNG with its pixels if it is of another of the `FORMATS`."""
+    data = file.read_bytes()
+    try:
+        header_size(data)
+        return data
+    except BadImage:
+        pass
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.format in ("JPEG", "PNG"):
+                return data
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, "PNG", compress_level=1)
+            return buffer.getvalue()
+    except Exception:  # PIL's decoders raise all kinds of errors; the examiner then says what is wrong
+        return data

@@ -1,0 +1,44 @@
+"""The plan of phases: learning rates, plateaus, and how a run moves through them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from fastnet.config import PRESETS
+from fastnet.training import phases
+from fastnet.training.state import TrainState
+
+
+def test_the_plan_of_a_run() -> None:
+    assert [phase.name for phase in phases.plan(PRESETS["paper"]("lstm"))] == ["head", "full"]
+    assert [phase.name for phase in phases.plan(PRESETS["paper"]("baseline"))] == ["full"]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    phase = phases.Phase("full", False, 4, "sgd", 0.5, 0, 0.0)
+    rates = [phases.learning_rate(phase, step, 10, warmup_epochs=1.0) for step in range(40)]
+    assert rates[:10] == pytest.approx([0.5 * (i + 1) / 11 for i in range(10)])
+    assert rates[10] == 0.5
+    assert rates[25] == pytest.approx(0.25)  # half way between warmup and end
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert 0 < rates[39] < 0.002
+
+
+def test_a_plateau_keeps_the_rate_and_ends_the_phase() -> None:
+    plan = [
+        phases.Phase("head", True, 20, "adamw", 0.1, 2, 0.01),
+        phases.Phase("full", False, 2, "sgd", 0.1, 0, 0.0),
+    ]
+    assert {phases.learning_rate(plan[0], step, 10, 1.0) for step in range(10, 200)} == {0.1}
+    position = TrainState()
+    for top1 in (0.5, 0.505, 0.52, 0.525):  # better, flat, better, flat
+        phases.finish_epoch(plan, position, top1)
+        assert position.phase == 0
+    phases.finish_epoch(plan, position, 0.52)
+    assert (position.phase, position.epoch, position.phase_epoch, position.best_top1) == (1, 5, 0, 0.525)
+    phases.finish_epoch(plan, position, 0.1)
+    assert not position.done
+    phases.finish_epoch(plan, position, 0.1)
+    assert position.done
