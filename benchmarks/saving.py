@@ -7,6 +7,7 @@ adds, and what share of the time that is at the default of --checkpoint-every.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -17,56 +18,57 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Laps, write_result
-from benchmarks.step import Resident, make_job
+from benchmarks.step import Resident, make_trainer
 from fastnet.config import Config, sample
-from fastnet.distributed.ranks import solo
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import single_process
 from fastnet.input.streams import Batch
-from fastnet.training import trainer as engine
 from fastnet.training.checkpoint import Writer
+from fastnet.training.records import Recorder
 
 STEPS, SECONDS = 8, 100
 
 
 def main() -> None:
-    config = sample("lstm")
-    runtime = solo()
+    config, data, runtime = sample("lstm"), default_set(None), single_process()
     size = config.image_size
     images = torch.randn(config.batch_size, 3, size, size, device=runtime.device)
     batch = Batch(
         images.to(runtime.image_dtype, memory_format=torch.channels_last),
-        torch.arange(config.batch_size, device=runtime.device) % 20,
+        torch.arange(config.batch_size, device=runtime.device) % len(data.classes),
         np.arange(config.batch_size),
     )
-    job = make_job(config, "full", 20, Resident(batch, steps_per_epoch=10**6), runtime)
-    engine.train_step(job)
-    with (
-        tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,
-        Writer(Path(folder) / "last.pt", None) as writer,
-    ):
+    trainer = make_trainer(config, "full", data, Resident(batch, steps_per_epoch=10**6), runtime)
+    trainer.train_step()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
+        trainer.recorder = stack.enter_context(Recorder(folder, main=True, step=0, kept=0))
+        trainer.writer = stack.enter_context(Writer(folder / "last.pt", None))
 
         def steps(save: Callable[[], None]) -> harness.Candidate:
             def run(laps: Laps) -> None:
                 save()
                 laps("save")
                 for _ in range(STEPS):
-                    engine.train_step(job)
+                    trainer.train_step()
                 laps("steps")
-                writer.finish()  # outside what counts: the next candidate starts with nothing under way
+                trainer.finish_saving()  # not measured: the next candidate starts with no save under way
 
             return run
 
-        def behind() -> None:
-            writer.save(engine.state(job), best=False)
-
         def waited_for() -> None:
-            behind()
-            writer.finish()
+            trainer.save()
+            trainer.finish_saving()
 
-        candidates = {"none": steps(lambda: None), "behind": steps(behind), "waited for": steps(waited_for)}
+        candidates = {
+            "none": steps(lambda: None),
+            "behind": steps(trainer.save),
+            "waited_for": steps(waited_for),
+        }
         taken = harness.alternate(candidates, runtime.device, seconds=SECONDS, least=5)
-        size_mb = (Path(folder) / "last.pt").stat().st_size / 1e6
+        size_mb = (folder / "last.pt").stat().st_size / 1e6
     total = {name: np.add(laps["save"], laps["steps"]) for name, laps in taken.items()}
-    added = {name: float(np.median(total[name] - total["none"])) for name in ("behind", "waited for")}
+    added = {name: float(np.median(total[name] - total["none"])) for name in ("behind", "waited_for")}
     seconds = Config().checkpoint_interval[1]
     values = {
         "command": "python -m benchmarks.saving",

@@ -11,10 +11,8 @@ torch.profiler's record of its ranges, and weak scaling over ranks with train.py
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
-import re
 import subprocess
 import tempfile
 import time
@@ -25,30 +23,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.pipeline import Source, loader, pil_dataset
+from benchmarks.plain import Plain, difference, plain_step
+from benchmarks.shares import shares
 from fastnet import train
 from fastnet.cli import run_command
 from fastnet.config import Config, paper
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
-from fastnet.distributed.ranks import Runtime, solo
+from fastnet.distributed.ranks import Runtime, single_process
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
-from fastnet.network.network import LAYERS, Network
-from fastnet.training import phases
-from fastnet.training import trainer as engine
-from fastnet.training.state import TrainState
+from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
 KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
-RANGES = ("data", "forward", "backbone", "lstm", "backward", "optimizer")
-LSTM_BACKWARD = re.compile(r"autograd::engine::evaluate_function: .*(rnn|lstm)", re.IGNORECASE)
 
 
 class Resident:
@@ -61,66 +54,14 @@ class Resident:
         return self.batch
 
 
-class Plain(nn.Module):
-    """`network` written plainly, with its weights: NCHW, an nn.LSTM per group, float32."""
-
-    def __init__(self, network: Network, config: Config) -> None:
-        super().__init__()
-        self.backbone = copy.deepcopy(network.backbone).to(memory_format=torch.contiguous_format)
-        self.stages, self.seq_len = network.stages, config.seq_len
-        self.lstms = nn.ModuleList(network.lstm.to_lstms() if network.lstm else [])
-        self.classifier = copy.deepcopy(network.classifier)
-
-    def forward(self, x: Tensor) -> Tensor:
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        sequences = []
-        for stage, layer in LAYERS.items():
-            x = getattr(net, layer)(x)
-            if stage in self.stages:
-                sequences += x.flatten(2).split(self.seq_len, dim=1)  # [B, T, S] each
-        if not self.lstms:
-            return self.classifier(x.mean(dim=(2, 3)))
-        ends = [lstm(sequence)[1][0][0] for lstm, sequence in zip(self.lstms, sequences, strict=True)]
-        return self.classifier(torch.cat(ends, dim=1))
-
-
-def check(network: Network, plain: Plain, x: Tensor, runtime: Runtime) -> str:
-    """Compares the logits of both with those of `network` in float64, "" if near: a rounding for every layer."""
-    exact = copy.deepcopy(network).double().eval()
-    if exact.lstm is not None:
-        exact.lstm.backend = "torch"
-    network.eval()
-    plain.eval()
-    with torch.no_grad():
-        right = exact(x.double())
-        with runtime.autocast():
-            ours = network(x)
-        theirs = plain(x.float().contiguous())
-    network.train()
-    plain.train()
-    layers = 20 + (network.lstm.stages[0].seq_len if network.lstm else 0)
-    for name, logits, dtype in ((EPOCH, ours, runtime.amp or torch.float32), (PLAIN, theirs, torch.float32)):
-        error = ((logits.double() - right).norm() / right.norm()).item()
-        if not error <= layers * torch.finfo(dtype).eps:
-            return f"{name}: logits are off by {error:.2g} of their size against float64"
-    return ""
-
-
-def make_job(config: Config, phase: str, classes: int, stream: Any, runtime: Runtime) -> engine.Job:
-    torch.manual_seed(0)
-    network = Network(config, classes).to(runtime.device)
-    chosen = next(p for p in phases.plan(config) if p.name == phase)
-    job = engine.begin_phase(config, chosen, network, stream, runtime, TrainState())
-    job.clock.start(runtime.device)
-    return job
-
-
-def plain_step(model: Plain, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
-    loss.backward()
-    optimizer.step()
+def make_trainer(config: Config, phase: str, data: PreparedSet, stream: Any, runtime: Runtime) -> Trainer:
+    """A trainer at the start of `phase`, whose `train_step` takes its batches from `stream`. It writes no files."""
+    trainer = Trainer(config, data, Path("runs") / "benchmarks", runtime)
+    trainer.network.to(runtime.device)
+    trainer.state.phase = [p.name for p in trainer.phases].index(phase)
+    trainer.train_stream = stream
+    trainer.begin_phase()
+    return trainer
 
 
 def in_turn(
@@ -159,23 +100,22 @@ def measure(
     spec = InputSpec(
         size, runtime.device, runtime.image_dtype, resolve_decode("auto", runtime.device), threads
     )
-    classes = len(data.classes)
     steps = 2
     with contextlib.ExitStack() as stack:
         stream = TrainStream(data.splits["train"], spec, config.augment, batch_size=batch, seed=0)
         stack.enter_context(contextlib.closing(stream))
-        job = make_job(config, case["phase"], classes, stream, runtime)
+        trainer = make_trainer(config, case["phase"], data, stream, runtime)
         x, y, index = next(stream)
         kept = Resident(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
-        limit = make_job(config, case["phase"], classes, kept, runtime)
-        plain = Plain(job.network, config).to(runtime.device)
-        problem = check(job.network, plain, kept.batch.x, runtime)
+        limit = make_trainer(config, case["phase"], data, kept, runtime)
+        plain = Plain(trainer.network, config).to(runtime.device)
+        problem = difference(trainer.network, plain, kept.batch.x, runtime)
         if problem:
             table.note(case, EPOCH, problem)
             return
         ready = {
-            EPOCH: in_turn(lambda: engine.train_step(job), lambda: next(stream), PREFETCH, steps),
-            LIMIT: in_turn(lambda: engine.train_step(limit), lambda: None, 0, steps),
+            EPOCH: in_turn(trainer.train_step, lambda: next(stream), PREFETCH, steps),
+            LIMIT: in_turn(limit.train_step, lambda: None, 0, steps),
         }
         if case["phase"] == "full":
             optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
@@ -189,37 +129,8 @@ def measure(
         for name, laps in times.items():
             rates = steps * batch * 1e3 / np.array(laps["steps"])
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
-        for name, share in breakdown(job, steps).items():
+        for name, share in shares(trainer.train_step, steps, runtime.device).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
-
-
-def breakdown(job: engine.Job, steps: int) -> dict[str, float]:
-    """The share of a step in each range; "lstm backward" is inside "backward", lstm and backbone inside "forward".
-
-    On a GPU by the device's time, elsewhere by the host's.
-    """
-    cuda = job.runtime.device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if cuda:
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    engine.train_step(job)
-    with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("whole"):
-        for _ in range(steps):
-            engine.train_step(job)
-        if cuda:
-            torch.cuda.synchronize()
-    spent = dict.fromkeys((*RANGES, "lstm backward", "whole"), 0.0)
-    for event in profile.key_averages():
-        name = "lstm backward" if LSTM_BACKWARD.match(event.key) else event.key
-        if name in spent:
-            host = (
-                name in ("data", "whole") or not cuda
-            )  # waiting for data and the whole are the host's to tell
-            spent[name] += event.cpu_time_total if host else event.device_time_total
-    whole = spent.pop("whole")
-    shares = {name: value / whole for name, value in spent.items()}
-    shares["rest"] = 1 - sum(shares[n] for n in ("data", "forward", "backward", "optimizer"))
-    return shares
 
 
 def frozen_over_full(table: Table) -> None:
@@ -299,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
     parser = harness.parser("step", __doc__)
     parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
     args = parser.parse_args(argv)
-    runtime = solo()
+    runtime = single_process()
     data = default_set(args.data)
     torch.set_num_threads(args.threads)
     table = Table("step", quick=args.quick)

@@ -52,7 +52,7 @@ def test_runs_that_cannot_be_used_are_named(tiny_set: Path, runs: list[Path], tm
         (tmp_path / "begun", r"begun/best\.pt: no such checkpoint"),
         (torn, r"torn/best\.pt: damaged"),
         (other, r"other/best\.pt: a checkpoint of another network"),
-        (renamed, "its classes are not those of run renamed .3 and 3, n00000001 in one alone"),
+        (renamed, "its classes are not those of run renamed .3 and 3; only one of them has n00000001"),
         (swapped, "its classes are not those of run swapped .in another order"),
         (nan, "nan: its network gives scores that are not finite"),
     ]:

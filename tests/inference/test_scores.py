@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastnet.inference.scores import measure
+from fastnet.inference.scores import count_score_hits
 
 
 def test_counts_and_loss_of_known_scores() -> None:
@@ -18,18 +18,18 @@ def test_counts_and_loss_of_known_scores() -> None:
             [1.00, 0.00, 0.00, 0.00, 0.00, 0.00],  # label 4, given no probability at all
         ]
     )
-    result = measure(scores, np.array([1, 0, 5, 4]))
-    assert (result.count, result.correct1, result.correct5) == (4, 1, 3)
+    result = count_score_hits(scores, np.array([1, 0, 5, 4]))
+    assert (result.images, result.correct1, result.correct5) == (4, 1, 3)
     assert (result.top1, result.top5) == (0.25, 0.75)
     least = np.finfo(np.float32).tiny
     # Scores are float32: a relative error of 2^-24 each is an absolute one of their logarithm.
     expected = -np.log([0.60, 0.05, 0.04, least]).mean()
-    assert result.loss == pytest.approx(expected, abs=2**-23)
+    assert result.mean_loss == pytest.approx(expected, abs=2**-23)
 
 
 def test_equal_scores_count_as_argmax_has_them() -> None:
     scores = torch.full((10, 10), 0.1)
-    result = measure(scores, np.arange(10))
+    result = count_score_hits(scores, np.arange(10))
     assert (result.correct1, result.correct5) == (1, 5), (
         "the first class is first, five of ten are among five"
     )
@@ -37,4 +37,4 @@ def test_equal_scores_count_as_argmax_has_them() -> None:
 
 
 def test_fewer_classes_than_five_are_all_among_five() -> None:
-    assert measure(torch.tensor([[0.2, 0.5, 0.3]] * 3), np.arange(3)).correct5 == 3
+    assert count_score_hits(torch.tensor([[0.2, 0.5, 0.3]] * 3), np.arange(3)).correct5 == 3

@@ -1,0 +1,73 @@
+"""How the benchmarks time and record. Nothing here reads a clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import harness
+from fastnet.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def test_turns_change_and_warmup_is_apart() -> None:
+    calls: list[str] = []
+
+    def called(name: str) -> harness.Candidate:
+        def run(laps: harness.Laps) -> None:
+            calls.append(name)
+            laps("work")
+
+        return run
+
+    runs = {name: called(name) for name in "ab"}
+    times = harness.alternate(runs, CPU, seconds=0, least=3, warmup=2, before=lambda: calls.append("."))
+    assert "".join(calls) == "aabb" + ".a.b" + ".b.a" + ".a.b"
+    assert {name: len(laps["work"]) for name, laps in times.items()} == {"a": 3, "b": 3}
+
+
+def test_laps_add_up() -> None:
+    laps = harness.Laps(CPU)
+    for name, moment in (("one", 0.25), ("two", 1.0)):
+        laps.marks.append((name, laps.marks[0][1] + moment))
+    assert laps.milliseconds() == pytest.approx({"one": 250, "two": 750, "total": 1000})
+
+
+def test_a_results_folder_that_cannot_be_made_is_said_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "QUICK", tmp_path / "file")
+    harness.QUICK.touch()
+    with pytest.raises(InputError, match=r"file/.*cannot be made"):
+        harness.Table("lstm", quick=True)
+
+
+def test_rows_say_what_they_belong_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "QUICK", tmp_path)
+    table = harness.Table("lstm", quick=True)
+    table.add({"batch": 4}, "slow", "total", "ms", np.array([10.0, 20.0, 30.0]))
+    table.add({"batch": 4}, "fast", "total", "ms", np.array([5.0, 5.0, 5.0]))
+    table.add({"batch": 8}, "slow", "total", "images/s", [10.0])
+    table.add({"batch": 8}, "fast", "total", "images/s", [40.0])
+    table.note({"batch": 4}, "absent", "not run: no GPU here")
+    harness.mark_ratios(table.rows, "slow", ("batch", "quantity"))
+    rows = harness.read_csv(table.write())
+    assert (rows[0]["p20"], rows[0]["p50"], rows[0]["p80"], rows[0]["n"]) == ("14", "20", "26", "3")
+    assert [row["ratio"] for row in rows] == ["1.000", "4.000", "1.000", "4.000", ""]
+    assert rows[4]["note"] == "not run: no GPU here" and rows[4]["p50"] == ""
+    for key in (
+        "torch",
+        "triton",
+        "dali",
+        "git",
+        "machine",
+        "date",
+        "load_1_min",
+        "clocks.sm",
+        "driver_version",
+    ):
+        assert key in rows[0]

@@ -1,0 +1,108 @@
+"""The step benchmark: what it computes at tiny sizes, and where it says the time goes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import harness, pipeline, plain, shares, step
+from benchmarks.shares import Event
+from fastnet.config import paper
+from fastnet.data.prepared import open_set
+from fastnet.distributed.ranks import Runtime
+from fastnet.input.streams import Batch
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("network", ["baseline", "lstm"])
+def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) -> None:
+    """Rows of every candidate, shares that make a whole, and no LSTM in the baseline."""
+    data, table = open_set(tiny_set), harness.Table("step", quick=True)
+    source = pipeline.Source(data.splits["train"], tmp_path / "train", 8)
+    case = {"network": network, "phase": "full", "image_size": 32, "batch": 8, "threads": 1, "device": "cpu"}
+    step.measure(table, data, source, case, Runtime(CPU), seconds=0)
+    rows = {(row["provider"], row["quantity"]): row for row in table.rows}
+    assert {name for name, quantity in rows if quantity == "step"} == {step.EPOCH, step.LIMIT, step.PLAIN}
+    share = {
+        quantity: float(row["p50"]) for (_, quantity), row in rows.items() if quantity.startswith("share")
+    }
+    parts = ("data", "forward", "backward", "optimizer", "rest")
+    assert sum(share[f"share {name}"] for name in parts) == pytest.approx(1, abs=1e-3)
+    assert (share["share lstm"] > 0) == (share["share lstm backward"] > 0) == (network == "lstm")
+    assert share["share lstm"] + share["share backbone"] <= share["share forward"]
+
+
+def test_another_network_is_not_timed(tiny_set: Path) -> None:
+    config = replace(paper("lstm"), image_size=32)
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    stream = step.Resident(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
+    network = step.make_trainer(config, "full", open_set(tiny_set), stream, Runtime(CPU)).network
+    written = plain.Plain(network, config)
+    assert plain.difference(network, written, x, Runtime(CPU)) == ""
+    nn.init.normal_(written.lstms[5].get_parameter("weight_hh_l0"))
+    assert "plainly written" in plain.difference(network, written, x, Runtime(CPU))
+
+
+def test_float32_on_a_gpu_is_held_to_tf32() -> None:
+    """TF32 rounds an operand by up to 2^-11; twenty layers of float32 roundings would allow 2^-19."""
+    gpu = torch.device("cuda", 0)
+    assert plain.rounding(torch.float32, gpu) == 2.0**-10
+    assert plain.rounding(torch.float32, CPU) == 2.0**-23
+    assert plain.rounding(torch.bfloat16, gpu) == 2.0**-7
+
+
+CALLER, AUTOGRAD, DALI = 1, 2, 3  # threads
+COMPUTE, INPUT = 7, 13  # streams
+
+
+def span(name: str, start: float, end: float, kind: str = "user_annotation", thread: int = CALLER) -> Event:
+    return {"cat": kind, "name": name, "ts": start, "dur": end - start, "tid": thread, "args": {}}
+
+
+def launch(number: int, moment: float, thread: int, stream: int, duration: float) -> list[Event]:
+    """A kernel's launch on the host, and its run on the device, much later."""
+    host = {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": moment, "dur": 1.0, "tid": thread}
+    device = {"cat": "kernel", "name": "kernel", "ts": 500 + moment, "dur": duration, "tid": stream}
+    return [
+        {**host, "args": {"correlation": number}},
+        {**device, "args": {"correlation": number, "stream": stream}},
+    ]
+
+
+def test_shares_on_a_gpu() -> None:
+    """Autograd launches from its own thread, DALI on its own stream, and the device has annotations as well."""
+    rnn = "autograd::engine::evaluate_function: _CudnnRnnBackward0"
+    events = [
+        span("whole", 0, 1000),
+        span("data", 0, 50),
+        span("forward", 50, 100),
+        span("lstm", 80, 90),
+        span("backward", 100, 200),
+        span("optimizer", 200, 220),
+        span("forward", 600, 900, kind="gpu_user_annotation"),
+        span(rnn, 150, 170, kind="cpu_op", thread=AUTOGRAD),
+        *launch(1, 60, CALLER, COMPUTE, 100),
+        *launch(2, 85, CALLER, COMPUTE, 40),
+        *launch(3, 120, AUTOGRAD, COMPUTE, 200),
+        *launch(4, 160, AUTOGRAD, COMPUTE, 80),
+        *launch(5, 210, CALLER, COMPUTE, 30),
+        *launch(6, 130, DALI, INPUT, 300),
+    ]
+    assert shares.shares_of(events) == pytest.approx(
+        {
+            "data": 0.05,
+            "forward": 0.14,
+            "backbone": 0,
+            "lstm": 0.04,
+            "backward": 0.28,
+            "lstm backward": 0.08,
+            "optimizer": 0.03,
+            "rest": 0.5,
+        }
+    )
