@@ -11,8 +11,6 @@ import csv
 import json
 import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -23,13 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.gpu import FIELDS, GpuWatch
 from fastnet.errors import InputError
 from fastnet.provenance import surroundings
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 QUICK = ROOT.parent / "runs" / "benchmarks"  # what --quick measures is to be looked at, not kept
-GPU_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "driver_version")
+watched: dict[
+    str, str
+] = {}  # the GPU's state during the last `alternate`, for the rows that its times go into
 
 
 def parser(module: str, about: str | None) -> argparse.ArgumentParser:
@@ -88,18 +89,6 @@ def about() -> dict[str, Any]:
     }
 
 
-def gpu_state() -> dict[str, str]:
-    """Clocks in MHz, watts, degrees and driver as nvidia-smi gives them now; read, never set. Empty without it."""
-    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
-        return dict.fromkeys(GPU_FIELDS, "")
-    query = f"--query-gpu={','.join(GPU_FIELDS)}"
-    device = f"--id={torch.cuda.current_device()}"
-    command = ["nvidia-smi", query, device, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = [value.strip() for value in done.stdout.split(",")]
-    return dict(zip(GPU_FIELDS, values, strict=False))
-
-
 class Table:
     """The rows of one benchmark: a long CSV in which each row says all that it belongs to."""
 
@@ -133,7 +122,8 @@ class Table:
     ) -> None:
         row = {"benchmark": self.name, **case, "provider": provider, "quantity": quantity, "unit": unit}
         load = {"load_1_min": round(os.getloadavg()[0], 2)}
-        self.rows.append({**row, **values, **load, **gpu_state(), **about()})
+        gpu = dict.fromkeys(FIELDS, "") | (watched if unit else {})
+        self.rows.append({**row, **values, **load, **gpu, **about()})
 
     def write(self) -> Path:
         """Replaces NAME.csv of this machine."""
@@ -207,19 +197,22 @@ def alternate(
             candidate(Laps(device))
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in candidates}
     names = list(candidates)
-    began = time.perf_counter()
-    for done in range(most):
-        if done >= least and time.perf_counter() - began > seconds:
-            break
-        turn = done % max(1, len(names))
-        for name in names[turn:] + names[:turn]:
-            before()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            laps = Laps(device)
-            candidates[name](laps)
-            for lap, value in laps.milliseconds().items():
-                taken[name].setdefault(lap, []).append(value)
+    with GpuWatch() as gpu:
+        began = time.perf_counter()
+        for done in range(most):
+            if done >= least and time.perf_counter() - began > seconds:
+                break
+            turn = done % max(1, len(names))
+            for name in names[turn:] + names[:turn]:
+                before()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                laps = Laps(device)
+                candidates[name](laps)
+                for lap, value in laps.milliseconds().items():
+                    taken[name].setdefault(lap, []).append(value)
+    watched.clear()
+    watched.update(gpu.state)
     return taken
 
 
@@ -229,33 +222,46 @@ def l2_flush(device: torch.device) -> Callable[[], object]:
     return buffer.zero_
 
 
-def captured(candidate: Callable[[], None]) -> Candidate:
-    """`candidate` as one CUDA graph, whose replay is the lap."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            candidate()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        candidate()
+class Captured:
+    """A candidate as one CUDA graph, whose replay is the lap; `peak_mb` is what its capture took."""
 
-    def replay(laps: Laps) -> None:
-        graph.replay()
+    def __init__(self, candidate: Callable[[], None]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                candidate()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+
+        def capture() -> None:
+            with torch.cuda.graph(self.graph):
+                candidate()
+
+        self.peak_mb = _peak_mb(capture)
+
+    def __call__(self, laps: Laps) -> None:
+        self.graph.replay()
         laps("replay")
-
-    return replay
 
 
 def peak_mb(candidate: Candidate, device: torch.device) -> float | str:
-    """The allocator's peak on a GPU while `candidate` runs, above what was allocated before, in 2^20 bytes."""
+    """The allocator's peak on a GPU while `candidate` runs, above what was allocated before, in 2^20 bytes.
+
+    A CUDA graph's memory is allocated at its capture; a replay allocates none.
+    """
     if device.type != "cuda":
         return ""
+    if isinstance(candidate, Captured):
+        return candidate.peak_mb
+    return _peak_mb(lambda: candidate(Laps(device)))
+
+
+def _peak_mb(work: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    candidate(Laps(device))
+    work()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 

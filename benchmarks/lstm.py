@@ -134,7 +134,7 @@ def candidate(p: Problem, provider: Provider) -> Callable[[Laps], None]:
     if not provider.graph:
         return run
     unmarked = lambda: run(Laps(torch.device("cpu")))
-    return harness.captured(unmarked)
+    return harness.Captured(unmarked)
 
 
 def measure(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.gpu import GpuWatch
 from fastnet.errors import InputError
 
 CPU = torch.device("cpu")
@@ -71,3 +74,35 @@ def test_rows_say_what_they_belong_to(tmp_path: Path, monkeypatch: pytest.Monkey
         "driver_version",
     ):
         assert key in rows[0]
+
+
+SMI = """#!/bin/sh
+echo "$@" >"$SMI_CALLS"
+printf '1980, 2619, 310.5, 61, 580.95\\n1500, 2619, 350.5, 63, 580.95\\n1995, 2619, 300.5, 62, 580.95\\n1980, 26'
+exec sleep 60
+"""
+
+
+def test_a_gpu_is_watched_while_it_works_by_the_id_of_the_one_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of nvidia-smi a script that samples three times, and is stopped within a line."""
+    (tmp_path / "nvidia-smi").write_text(SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SMI_CALLS", str(tmp_path / "calls"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid="9f3c"))
+    with GpuWatch() as gpu:
+        assert gpu.state == {}
+    assert list(gpu.state.values()) == ["1980", "2619", "310.5", "62", "580.95"]
+    assert "--id=GPU-9f3c" in (tmp_path / "calls").read_text().split()
+
+
+def test_without_a_gpu_nothing_is_watched() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with GpuWatch() as gpu:
+        pass
+    assert gpu.state == {}
