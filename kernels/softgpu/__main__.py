@@ -56,6 +56,10 @@ def report() -> Iterator[None]:
             )
             print(f"softgpu: {softgpu.counters()}", file=sys.stderr)
             print(f"softgpu: {operators} operators, Triton {dict(launches)}", file=sys.stderr)
+            from softgpu import forms  # needs torch
+
+            if forms.unknown:
+                print(f"softgpu: strides taken from the CPU: {dict(forms.unknown)}", file=sys.stderr)
             for problem in seen.problems:
                 print(f"softgpu: {problem}", file=sys.stderr)
 

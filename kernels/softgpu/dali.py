@@ -59,6 +59,7 @@ def install() -> None:
             kwargs["device"] = "cpu"
         return type.__call__(cls, *args, **kwargs)
 
+    setattr(made, "__signature__", signature)  # pipeline_def reads it
     operator = type(ops.Resize)  # the metaclass of all operators
     for owner, name, function in (
         (Pipeline, "__init__", made),

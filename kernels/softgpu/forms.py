@@ -30,7 +30,7 @@ def forms(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Form 
 
 def _ask(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Form | None] | None:
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False):
             results = flat(op(*_fake(args), **{name: _fake(value) for name, value in kwargs.items()}))
         return [_form(r) if isinstance(r, Tensor) else None for r in results]
     except Exception:  # whatever an operator without a fake implementation raises

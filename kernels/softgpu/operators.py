@@ -109,7 +109,7 @@ class Operator:
             results = self._results(host_args, host_kwargs)
             for name in self.outs:
                 fill(given[name], host_kwargs[name])
-            told = None if waits or any(self.returns) else forms(self.op, args, kwargs)
+            told = None if waits or not self.returns or any(self.returns) else forms(self.op, args, kwargs)
             views: list[Tensor | None] = []  # of the new tensors
             answers = [
                 given[name] if name else to_device(result, told, device, views)
