@@ -34,6 +34,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.plot --quick
 
+# Under ten minutes on one GPU: its tests, the benchmarks and a short profile.
+gpu: setup
+	$(BIN)/python -m benchmarks.on_gpu
+
 # Versions stay as they are unless UPGRADE=--upgrade.
 constraints: setup
 	$(BIN)/uv pip compile -q pyproject.toml --extra dev --universal --python-version 3.10 --no-annotate --no-python-downloads \

@@ -28,7 +28,7 @@ from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.pipeline import Source, loader, pil_dataset
 from benchmarks.plain import Plain, difference, plain_step
-from benchmarks.shares import shares
+from benchmarks.trace import Trace, counts_of, shares_of, traced
 from fastnet import train
 from fastnet.cli import run_command
 from fastnet.config import Config, paper
@@ -129,8 +129,12 @@ def measure(
         for name, laps in times.items():
             rates = steps * batch * 1e3 / np.array(laps["steps"])
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
-        for name, share in shares(trainer.train_step, steps, runtime.device).items():
+        trace = Trace(traced(trainer.train_step, steps, runtime.device))
+        for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
+        if trace.work:
+            for name, count in counts_of(trace, steps).items():
+                table.add(case, EPOCH, name, "a step", [count])
 
 
 def frozen_over_full(table: Table) -> None:

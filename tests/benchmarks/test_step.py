@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, pipeline, plain, shares, step
-from benchmarks.shares import Event
+from benchmarks import harness, pipeline, plain, step
 from fastnet.config import paper
 from fastnet.data.prepared import open_set
 from fastnet.distributed.ranks import Runtime
@@ -55,54 +54,3 @@ def test_float32_on_a_gpu_is_held_to_tf32() -> None:
     assert plain.rounding(torch.float32, gpu) == 2.0**-10
     assert plain.rounding(torch.float32, CPU) == 2.0**-23
     assert plain.rounding(torch.bfloat16, gpu) == 2.0**-7
-
-
-CALLER, AUTOGRAD, DALI = 1, 2, 3  # threads
-COMPUTE, INPUT = 7, 13  # streams
-
-
-def span(name: str, start: float, end: float, kind: str = "user_annotation", thread: int = CALLER) -> Event:
-    return {"cat": kind, "name": name, "ts": start, "dur": end - start, "tid": thread, "args": {}}
-
-
-def launch(number: int, moment: float, thread: int, stream: int, duration: float) -> list[Event]:
-    """A kernel's launch on the host, and its run on the device, much later."""
-    host = {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": moment, "dur": 1.0, "tid": thread}
-    device = {"cat": "kernel", "name": "kernel", "ts": 500 + moment, "dur": duration, "tid": stream}
-    return [
-        {**host, "args": {"correlation": number}},
-        {**device, "args": {"correlation": number, "stream": stream}},
-    ]
-
-
-def test_shares_on_a_gpu() -> None:
-    """Autograd launches from its own thread, DALI on its own stream, and the device has annotations as well."""
-    rnn = "autograd::engine::evaluate_function: _CudnnRnnBackward0"
-    events = [
-        span("whole", 0, 1000),
-        span("data", 0, 50),
-        span("forward", 50, 100),
-        span("lstm", 80, 90),
-        span("backward", 100, 200),
-        span("optimizer", 200, 220),
-        span("forward", 600, 900, kind="gpu_user_annotation"),
-        span(rnn, 150, 170, kind="cpu_op", thread=AUTOGRAD),
-        *launch(1, 60, CALLER, COMPUTE, 100),
-        *launch(2, 85, CALLER, COMPUTE, 40),
-        *launch(3, 120, AUTOGRAD, COMPUTE, 200),
-        *launch(4, 160, AUTOGRAD, COMPUTE, 80),
-        *launch(5, 210, CALLER, COMPUTE, 30),
-        *launch(6, 130, DALI, INPUT, 300),
-    ]
-    assert shares.shares_of(events) == pytest.approx(
-        {
-            "data": 0.05,
-            "forward": 0.14,
-            "backbone": 0,
-            "lstm": 0.04,
-            "backward": 0.28,
-            "lstm backward": 0.08,
-            "optimizer": 0.03,
-            "rest": 0.5,
-        }
-    )
