@@ -1,7 +1,8 @@
 """What happens to an image in training, and the crops of evaluation.
 
 Everything random is drawn here, by numpy's counter-based Philox generator keyed by (seed, epoch): row i of an
-epoch's draws belongs to image i, whatever batch it falls into and whichever rank computes it. DALI's own random operators have no such key; they are not used.
+epoch's draws belongs to image i, whatever batch it falls into and whichever rank computes it. DALI's own random
+operators have no such key, so they are not used.
 
 Shapes: N images of the split, B of the batch, K = DRAWS numbers per image. Boxes are (row, column) pairs in
 pixels of the stored image, not rounded.

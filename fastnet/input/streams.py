@@ -172,7 +172,7 @@ class TrainStream(_Stream):
 
 
 class EvalStream(_Stream):
-    """A rank's share of a split, in order, each image once. Can be iterated any number of times, one iteration at a time.
+    """A rank's share of a split, in order, each image once. Can be iterated again, one iteration at a time.
 
     `batch_size` is per rank; the last batch may be smaller.
     """

@@ -1,0 +1,40 @@
+"""The console command `fastnet`."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastnet
+from fastnet.__main__ import COMMANDS, main
+from fastnet.errors import InputError
+
+
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert re.findall(r"^  (\w+)", capsys.readouterr().out, re.MULTILINE) == list(COMMANDS)
+    main(["--version"])
+    assert capsys.readouterr().out == f"fastnet {fastnet.__version__}\n"
+    with pytest.raises(InputError, match="nonsense: no such command; name one of prepare, train"):
+        main(["nonsense"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_describe_themselves(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0 and "--json" in capsys.readouterr().out
+
+
+def test_the_installed_command_reports_errors_in_one_line(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("fastnet")
+    if not script.exists():
+        pytest.skip("fastnet is not installed in this environment")
+    done = subprocess.run(
+        [script, "evaluate", str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
