@@ -1,9 +1,9 @@
-"""Builds the cpu target of docker/Dockerfile and runs it, without a Docker engine: python -m tests.trials.container
+"""Builds the cpu target of docker/Dockerfile without a Docker engine, and runs it: python -m tests.trials.container
 
-buildah builds with chroot isolation, on a minimal Debian made by debootstrap; then `make demo`'s job and the entry
-point run in the image as its own user, and the results are compared with demo.json, made outside of it. About ten
-minutes on two cores. Writes container.json. Arguments are handed to `buildah build`, such as
---build-arg TORCH_INDEX= for the CUDA build of torch, --volume /etc/apt:/etc/apt:ro for this machine's package sources.
+buildah builds it in chroot isolation, on a minimal Debian made by debootstrap. Then the two commands of `make demo`
+and the entry point run in the image as its own user, and the results are compared with demo.json, which was made
+outside. Takes about ten minutes on two cores and writes container.json. Arguments go to `buildah build`, such as
+--build-arg TORCH_INDEX= for the CUDA build of torch, or --volume /etc/apt:/etc/apt:ro for this machine's sources.
 
 As root: apt-get install --no-install-recommends buildah debootstrap
 """
@@ -51,7 +51,7 @@ def main() -> None:
     entry = about["Docker"]["config"]["Entrypoint"]
     with container() as name:
         run = ["buildah", "run", "--isolation", "chroot", name, "--"]
-        facts = {
+        facts: dict[str, Any] = {
             "command": "python -m tests.trials.container",
             "build_arguments": [word for word in given if "=" in word and not word.startswith("-")],
             "base": f"debootstrap --variant=minbase {SUITE}",
@@ -60,7 +60,7 @@ def main() -> None:
             "size_mb": {
                 "base": megabytes(BASE),
                 "image": megabytes(IMAGE),
-                "virtual environment": int(
+                "virtual_environment": int(
                     output(*run, "du", "-s", "--block-size=1000000", "/opt/venv").split()[0]
                 ),
             },
@@ -141,11 +141,11 @@ def entry_point(entry: list[str], run: list[str]) -> dict[str, Any]:
     for count in ("1", "2"):
         here = [*entry[:-1], "env", f"FASTNET_RANKS={count}", entry[-1]]
         words = [*flags, "--run-dir", f"runs/ranks-{count}"]
-        codes[f"{count} ranks"] = subprocess.run([*here, *words]).returncode
+        codes[f"{count}_ranks"] = subprocess.run([*here, *words]).returncode
         manifest = json.loads(output(*run, "cat", f"runs/ranks-{count}/manifest.json"))
         ranks[count] = manifest["sessions"][0]["ranks"]
-    codes["--batch-size x"] = subprocess.run([*entry, "--batch-size", "x"]).returncode
-    assert ranks == {"1": 1, "2": 2} and codes == {"1 ranks": 0, "2 ranks": 0, "--batch-size x": 2}, (
+    codes["bad_flag"] = subprocess.run([*entry, "--batch-size", "x"]).returncode
+    assert ranks == {"1": 1, "2": 2} and codes == {"1_ranks": 0, "2_ranks": 0, "bad_flag": 2}, (
         ranks,
         codes,
     )

@@ -1,7 +1,4 @@
-"""Keeps what `make demo` gives on this machine: its time, its table and its figures.
-
-python -m tests.trials.demo
-"""
+"""Runs the commands of `make demo` and keeps their time, table and figures: python -m tests.trials.demo"""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
-"""Counts what runs survive: python -m tests.trials.faults [--kills 100]  (about 15 minutes on two cores)
+"""Counts what runs survive: python -m tests.trials.faults [--kills 100]
 
-Kills preparing and training (SIGKILL to the whole process group) at random moments, drawn so that many fall inside
-checkpoint writes, start-up and the change of phases, and gives the same command again, until a run is through: it
-must end like one that was never disturbed, to the bit. Then fills the disk, removes the data and freezes a rank
-(as root, for a small file system of its own). Writes faults.json.
+Prepares and trains on the CPU and kills both (SIGKILL to the whole process group) at random moments, many of them
+while a checkpoint is written, at start-up or between two phases. The same command is given again until the run is
+done, and the run must end with the same bits as one that was never disturbed. Then a disk fills up, the data
+disappears, and a rank freezes. Writes faults.json. Takes about 15 minutes on two cores, and root, to mount a small
+file system.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -65,11 +67,11 @@ def main() -> None:
             "checkpoint_every_steps": INTERVAL,
             "kills": kills,
             "preparing": prepared,
-            "disk full": disk_full(data, place / "small", whole[1]),
-            "data removed": data_removed(data, place / "without-data", whole[1]),
-            "rank frozen": rank_frozen(data, place / "frozen", whole[2]),
-            "one rank": kill_training(1, kills - killed_preparing - on_two, data, place, whole[1], draw),
-            "two ranks": kill_training(2, on_two, data, place, whole[2], draw),
+            "disk_full": disk_full(data, place / "small", whole[1]),
+            "data_removed": data_removed(data, place / "without-data", whole[1]),
+            "rank_frozen": rank_frozen(data, place / "frozen", whole[2]),
+            "one_rank": kill_training(1, kills - killed_preparing - on_two, data, place, whole[1], draw),
+            "two_ranks": kill_training(2, on_two, data, place, whole[2], draw),
         }
     print(write_result("faults", facts).read_text())
 
@@ -109,19 +111,19 @@ def kill_preparing(kills: int, data: Path, draw: random.Random) -> dict[str, Any
         with started(line):
             time.sleep(draw.uniform(0, duration))
         while_writing += (data.parent / f".{data.name}.partial").exists()
-        if data.exists():  # killed behind its last act
+        if data.exists():  # killed after the set was in place
             assert open_set(data).hash == content
             shutil.rmtree(data)
     subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
     left = sorted(path.name for path in data.parent.iterdir() if path.name.endswith(".partial"))
     assert open_set(data).hash == content and not left
-    return {"kills": kills, "left a part behind": while_writing, "same content": True}
+    return {"kills": kills, "left_a_part_behind": while_writing, "same_content": True}
 
 
 def kill_training(
     ranks: int, kills: int, data: Path, place: Path, whole: Path, draw: random.Random
 ) -> dict[str, Any]:
-    """Runs, killed and continued until all `kills` are spent, and then to their ends."""
+    """Kills and continues runs, one after the other, until all `kills` are spent; each is then run to its end."""
     where: Counter[str] = Counter()
     lost: list[int] = []
     ends = 0
@@ -145,9 +147,9 @@ def kill_training(
     return {
         "kills": sum(where.values()),
         "where": dict(where),
-        "runs that ended": ends,
-        "same end": "to the bit",
-        "steps lost": {"median": statistics.median(lost), "most": max(lost)},
+        "runs_ended": ends,
+        "same_bits_at_the_end": True,
+        "steps_lost": {"median": statistics.median(lost), "most": max(lost)},
     }
 
 
@@ -160,7 +162,7 @@ def await_moment(process: subprocess.Popen, run: Path, draw: random.Random) -> N
         time.sleep(draw.uniform(0, 8))
         return
     while process.poll() is None and last_step(run) > saved:
-        time.sleep(0.01)  # it has not yet cut off what the killed one had recorded
+        time.sleep(0.01)  # it has yet to cut off the records after the checkpoint
     wait_for_step(process, run, PHASE_ENDS if kind == "phase" else saved + draw.randrange(1, 3 * INTERVAL))
     if kind == "write":
         while process.poll() is None and not list(run.glob(PARTIAL)):
@@ -180,11 +182,11 @@ def moment(run: Path, before: tuple[str, int, set[Path]]) -> str:
     """Where the run was when it was killed, by what it has changed of `before`."""
     records, _, partial = state(run)
     if partial - before[2]:
-        return "writing a checkpoint"
+        return "writing_a_checkpoint"
     if records == before[0] or last_step(run) <= before[1]:
         return "starting"
     if last_step(run) == PHASE_ENDS:
-        return "between the phases"
+        return "between_the_phases"
     return "training"
 
 
@@ -192,8 +194,8 @@ def last_step(run: Path) -> int:
     """The last step that the records speak of. A killed run's last line may be incomplete."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    steps = [line.split('"step": ')[1].split(",")[0].rstrip("}") for line in lines if line.endswith("}")]
-    return int(steps[-1]) if steps else 0
+    steps = [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return steps[-1] if steps else 0
 
 
 def saved_step(run: Path) -> int:
@@ -206,7 +208,7 @@ def is_done(run: Path) -> bool:
 
 
 def disk_full(data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """On a file system that is too small for last.pt, best.pt and one being written; then it is made larger."""
+    """The file system is too small for last.pt, best.pt and the checkpoint being written; then it is made larger."""
     run.mkdir()
     size = (whole / "last.pt").stat().st_size
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(run)]
@@ -222,11 +224,11 @@ def disk_full(data: Path, run: Path, whole: Path) -> dict[str, Any]:
     finally:
         subprocess.run(["umount", str(run)], check=True)
     said = line[0].replace(str(run), "RUN")
-    return {"said": said, "exit code": 2, "continued after step": kept, "same end": "to the bit"}
+    return {"said": said, "exit_code": 2, "continued_after_step": kept, "same_bits_at_the_end": True}
 
 
 def data_removed(data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """The set vanishes while a run reads it; the next start says so; with the set back the same command ends it."""
+    """The set vanishes while a run reads it, and the next start says so. With the set back, the run goes to its end."""
     away = data.with_name("away")
     with started(command(1, data, run)) as process:
         wait_for_step(process, run, 10)
@@ -240,11 +242,11 @@ def data_removed(data: Path, run: Path, whole: Path) -> dict[str, Any]:
     subprocess.run(command(1, data, run), check=True, stderr=subprocess.DEVNULL)
     assert_same_end(run, whole)
     said = line[0].replace(str(data), "SET")
-    return {"running processes go on": went_on, "said": said, "exit code": 2, "same end": "to the bit"}
+    return {"running_processes_go_on": went_on, "said": said, "exit_code": 2, "same_bits_at_the_end": True}
 
 
 def rank_frozen(data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """SIGSTOP to one of two ranks: the other ends, torchrun removes both and starts them anew, by itself."""
+    """SIGSTOP to one of two ranks: the other ends, and torchrun starts both again."""
     with started(command(2, data, run)) as process:
         wait_for_step(process, run, 20)
         os.kill(children(process.pid)[1], signal.SIGSTOP)
@@ -253,7 +255,7 @@ def rank_frozen(data: Path, run: Path, whole: Path) -> dict[str, Any]:
         took = round(time.monotonic() - began, 1)
     assert code == 0
     assert_same_end(run, whole)
-    return {"exit code of torchrun": code, "ended_after_s": took, "same end": "to the bit"}
+    return {"exit_code_of_torchrun": code, "ended_after_s": took, "same_bits_at_the_end": True}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Proves that a run outlives its hosts: python -m tests.trials.hosts (root, iproute2; about 10 minutes on two cores)
+"""Shows that a run survives the loss of a host: python -m tests.trials.hosts
 
-Two and three hosts in network namespaces on this machine (tests/hosts.py): real TCP, gloo, one rank and torchrun
-each. A fault hits a host in mid-epoch: it is killed, frozen, told to stop (SIGTERM), or its cable is pulled. Each
-scenario is a row of hosts.json with the seconds until the other ranks ended, and how the run ended.
+Two or three hosts are network namespaces of this machine (tests/support/hosts.py), joined by real TCP and gloo; each
+has a torchrun and one rank. In the middle of an epoch one of them is killed, frozen, told to stop (SIGTERM), or cut
+off from the network. Each scenario is a row of hosts.json: after how many seconds the other ranks ended, and how the
+run ended. Takes about 10 minutes on two cores, and root; needs iproute2.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
                 rows.append(one_fewer(fault, count, data, place / f"{fault}-{count}", whole[count]))
         rows.append(host_returns(3, data, place / "returns", whole[3]))
         for fault in ("kill", "freeze", "cut_off"):
-            rows.append(meeting_place_lost(fault, 2, data, place / f"{fault}-first", whole[2]))
+            rows.append(rendezvous_lost(fault, 2, data, place / f"{fault}-first", whole[2]))
     facts = {
         "command": "python -m tests.trials.hosts",
         "flags": " ".join(FLAGS),
@@ -64,17 +65,17 @@ def one_host(ranks: int, data: Path, run: Path) -> None:
 
 
 def undisturbed(count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """As many hosts as the reference has ranks: the same end, to the bit."""
+    """As many hosts as the reference has ranks: the run ends with the same bits."""
     run.mkdir()
     with Hosts(count, run) as hosts:
         start_all(hosts, data, run)
         wait_all(hosts, range(count))
     assert_same_end(run, whole)
-    return {"hosts": count, "fault": "none", "same_as_one_host": "to the bit"}
+    return {"hosts": count, "fault": "none", "same_as_one_host": True}
 
 
 def one_fewer(fault: str, count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """The last host is lost: the others end in time, torchrun starts them again, and they finish without it."""
+    """The last host is lost: the other ranks end in time, torchrun starts them again, and they finish without it."""
     run.mkdir()
     others = range(count - 1)
     with Hosts(count, run) as hosts:
@@ -95,7 +96,7 @@ def one_fewer(fault: str, count: int, data: Path, run: Path, whole: Path) -> dic
 
 
 def host_returns(count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """The last host is killed and comes back, as a cluster would start it again: the end is the same to the bit."""
+    """The last host is killed and started again, as a cluster would: the run ends with the same bits."""
     run.mkdir()
     with Hosts(count, run) as hosts:
         start_all(hosts, data, run, least=count)
@@ -104,21 +105,21 @@ def host_returns(count: int, data: Path, run: Path, whole: Path) -> dict[str, An
         hosts.kill(count - 1)
         hosts.agents[count - 1].wait()
         waits = [ended(hosts, host, began) for host in range(count - 1)]
-        # Before torchrun has missed the lost host's heartbeats, it would count the old and the new one as two.
+        # Until torchrun has missed the lost host's heartbeats, it would count the old and the new one as two.
         time.sleep(4 * HEARTBEAT)
         start(hosts, count - 1, data, run, count)
         wait_all(hosts, range(count))
     assert_same_end(run, whole)
     row = {"hosts": count, "fault": f"kill host {count}, start it again", "others_ended_after_s": waits}
-    return {**row, **ending(run, whole), "same_as_one_host": "to the bit"}
+    return {**row, **ending(run, whole), "same_as_one_host": True}
 
 
-def meeting_place_lost(fault: str, count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:
-    """The first host is lost, and torchrun's meeting place with it: all end, and the same command continues.
+def rendezvous_lost(fault: str, count: int, data: Path, run: Path, whole: Path) -> dict[str, Any]:
+    """The first host is lost, and torchrun's rendezvous with it: all ranks end, and the same command continues.
 
-    Where the first host does not answer but its connections stand, torchrun 2.14 waits for the store on it without an
-    end, deaf to SIGTERM (TCPStore waits for the answer to its cancelled wait): after the ranks' own end it has to be
-    killed, as a scheduler does with the job of a node that is down.
+    If that host stops answering while its connections stay open, torchrun 2.14 on the others waits for its store
+    forever and ignores SIGTERM (TCPStore waits for the answer to its cancelled wait). Once the ranks have ended it has
+    to be killed, as a scheduler does with the job of a node that is down.
     """
     run.mkdir()
     took: dict[str, Any] = {}
@@ -138,8 +139,8 @@ def meeting_place_lost(fault: str, count: int, data: Path, run: Path, whole: Pat
         start_all(hosts, data, run)
         wait_all(hosts, range(count))
     assert_same_end(run, whole)
-    row = {"hosts": count, "fault": f"{fault} host 1 (meeting place)", **took}
-    return {**row, **ending(run, whole), "same_as_one_host": "to the bit"}
+    row = {"hosts": count, "fault": f"{fault} host 1 (rendezvous)", **took}
+    return {**row, **ending(run, whole), "same_as_one_host": True}
 
 
 def start_all(hosts: Hosts, data: Path, run: Path, least: int = 1) -> None:
@@ -157,7 +158,7 @@ def error_lines(hosts: Hosts, host: int) -> list[str]:
 
 
 def ended(hosts: Hosts, host: int, began: float) -> float:
-    """Seconds from `began` until the rank on `host` has said why it ends."""
+    """Seconds from `began` until the rank on `host` said why it ended."""
     while not error_lines(hosts, host):
         if time.monotonic() - began > PATIENCE or hosts.agents[host].poll() is not None:
             raise RuntimeError(f"host {host + 1} did not notice:\n{hosts.said(host)}")
@@ -172,7 +173,7 @@ def wait_all(hosts: Hosts, which: range) -> None:
 
 
 def ending(run: Path, whole: Path) -> dict[str, Any]:
-    """How the run ended, beside the run that nothing happened to."""
+    """How the run ended, beside the run that was not disturbed."""
     epochs, undisturbed_epochs = events(run, "epoch"), events(whole, "epoch")
     steps = [event["step"] for event in events(run, "step")]
     assert steps == list(range(1, STEPS + 1)), steps

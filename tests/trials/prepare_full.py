@@ -1,7 +1,7 @@
-"""Proves that Tiny ImageNet at full size prepares in two minutes and 1 GB: python -m tests.trials.prepare_full
+"""Holds preparing Tiny ImageNet at full size to two minutes and 1 GB: python -m tests.trials.prepare_full
 
-Generates a zip in the official layout (100,000 training, 10,000 val and 10,000 test JPEGs of about 2 KB, no two
-alike), prepares it with the command that users run, and keeps time and peak memory with the machine's name.
+Generates a zip in the official layout (100,000 training, 10,000 validation and 10,000 test JPEGs of about 2 KB, no
+two alike), prepares it with the command that users run, and writes its time and peak memory to prepare_full.json.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def measured(archive: Path, out: Path) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of the command: one process, whose work is in threads.
+    """(seconds, peak resident bytes) of the command, which is one process with threads.
 
-    The process reads its own peak: what the system reports to a parent counts the parent's memory too.
+    The process reads its own peak: what the system reports to a parent includes the parent's memory.
     """
     line = [sys.executable, "-c", COMMAND, str(archive), "--out", str(out)]
     started = time.perf_counter()

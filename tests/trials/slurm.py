@@ -1,10 +1,10 @@
-"""Proves docker/slurm.sbatch on a Slurm cluster of two nodes on this machine: python -m tests.trials.slurm
+"""Runs docker/slurm.sbatch on a Slurm cluster of two nodes on this machine: python -m tests.trials.slurm
 
-Slurm's own daemons, as Debian builds them, run as two nodes under two names; each has its own directory mounted as
-its local disk. The script submits one small CPU run (a rank per node) several times: left alone; with a time limit
+Slurm's own daemons, as Debian builds them, run as two nodes under two names, each with a directory of its own mounted
+as its local disk. A small run on the CPU, one rank a node, is submitted several times: undisturbed; with a time limit
 that is too short; preempted by a partition of higher priority, with and without a grace period; cancelled and
-submitted again. All have to end with the weights and the epochs of the run that was left alone. It takes about six
-minutes, stops all that it started, and keeps what it saw as slurm.json of this machine.
+submitted again. All must end with the same weights and epochs as the undisturbed one. It takes about six minutes,
+stops everything it started, and writes slurm.json.
 
 As root: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
 """
@@ -164,7 +164,7 @@ def main() -> None:
         runs = {}
         for name, scenario in SCENARIOS.items():
             print(f"{name} ...", file=sys.stderr, flush=True)
-            run = root / name.replace(" ", "-")
+            run = root / name
             begun = time.monotonic()
             states = scenario(cluster, run, root / "set")
             runs[name] = {"job_states": states, "seconds": round(time.monotonic() - begun), **seen(run)}
@@ -232,15 +232,15 @@ def cancelled(cluster: Cluster, run: Path, data: Path) -> list[str]:
 
 SCENARIOS: dict[str, Callable[[Cluster, Path, Path], list[str]]] = {
     "uninterrupted": uninterrupted,
-    "time limit": time_limit,
-    "preempted with grace": preempted("grace"),
-    "preempted without grace": preempted("abrupt"),
-    "cancelled and submitted again": cancelled,
+    "time_limit": time_limit,
+    "preempted_with_grace": preempted("grace"),
+    "preempted_without_grace": preempted("abrupt"),
+    "cancelled_and_submitted_again": cancelled,
 }
 
 
 def seen(run: Path) -> dict[str, Any]:
-    """What the job's log and the run's records say: where it stopped, where it continued, after how long."""
+    """What the job's log and the run's records say: where it stopped, where it continued, and after how long."""
     log = run.with_name(f"{run.name}.log").read_text(encoding="utf-8")
     sessions = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["sessions"]
     stopped = [int(step) for step in re.findall(r"^stopped after step (\d+), all saved", log, re.M)]
