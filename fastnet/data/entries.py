@@ -1,3 +1,5 @@
+"""What a source of images is: a complete listing, and a way to read one image."""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 OFFICIAL_SIZE = 248_100_043
 OFFICIAL_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class Entry(NamedTuple):
-    """One image: its name in the set, its class (None where unlabelled), and what `read` takes."""
+    """One image: its name in the set, its class (None where unlabelled), and what `Source.read` takes."""
 
     name: str
     label: str | None
@@ -22,18 +26,30 @@ class Entry(NamedTuple):
 
 @dataclass
 class Source:
+    """Where a set comes from. `read` raises BadImage for an image that cannot be read."""
+
     record: dict[str, Any]  # kind, path, official, bytes, md5
     splits: dict[str, list[Entry]]
     read: Callable[[Any], bytes]
     words: dict[str, str] = field(default_factory=dict)  # class -> readable name, where there is one
+    left_out: list[str] = field(default_factory=list)  # files that no image is expected in, by their names
+
+    @property
+    def place(self) -> str:
+        """What error messages call the source."""
+        return self.record["path"] or self.record["kind"]
 
 
 class Tree(NamedTuple):
-    """Files of a folder or a zip, by their paths below it."""
+    """The files of a folder or a zip, and all folders in it, as paths below it. Hidden ones are left out.
+
+    `read(name, limit)` raises BadImage for a file that is damaged or has more than `limit` bytes.
+    """
 
     path: Path
     files: list[str]
-    read: Callable[[str], bytes]
+    folders: set[str]
+    read: Callable[[str, int], bytes]
 
 
 def file_md5(paths: Iterable[Path]) -> str:
@@ -46,6 +62,24 @@ def file_md5(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key by which val_2 comes before val_10."""
-    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d+)|(\D+)", name)]
+def natural(name: str) -> list[tuple[int, str, str]]:
+    """Sort key that puts val_2 before val_10."""
+    parts = ((digits.lstrip("0"), text) for digits, text in re.findall(r"(\d+)|(\D+)", name))
+    return [(len(digits), digits, text) for digits, text in parts]
+
+
+def readable(name: str) -> str:
+    r"""A file name as text that can be stored as UTF-8: bytes that are not become escapes, as in "caf\xe9.jpg"."""
+    if name.isascii():
+        return name
+    try:
+        raw = name.encode("utf-8", "surrogateescape")  # how Python holds the bytes of a file name
+    except UnicodeEncodeError:
+        raw = name.encode("utf-8", "surrogatepass")
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is expected to hold an image: its suffix is that of an image format, or it has none."""
+    suffix = Path(name).suffix.lower()
+    return not suffix or suffix in Image.registered_extensions()

@@ -1,33 +1,158 @@
+"""One encoded image: its size by its header, and whether it can be decoded in training."""
+
 from __future__ import annotations
 
 import io
+import re
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastnet.data.entries import Entry
-from fastnet.errors import InputError
+from fastnet.data.decoding import CHUNK_PIXELS, Decoder
 
+MAX_BYTES = 1 << 26
+MAX_PIXELS = 1 << 26  # 8192 x 8192, 200 MB decoded
+MAX_SCANS = (
+    256  # DALI's own limit for progressive JPEGs, whose every scan costs as much as decoding the image
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8\xff"
+FILL = re.compile(rb"\xff*")
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
+SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 (ITU-T T.81, table B.1)
+
+_one_large_image = threading.Lock()
 
 
-def image_size(image: bytes, entry: Entry, place: str) -> tuple[int, int]:
-    """(height, width) of an image, as encoded. Decodes all of it; raises InputError if that fails."""
-    name = entry.where if isinstance(entry.where, str) else entry.name
+class BadImage(Exception):
+    """An image that cannot be used. The message says why, and reads on from the image's name."""
+
+
+def header_size(image: bytes) -> tuple[int, int]:
+    """(height, width) by the header of a JPEG or PNG, without decoding it.
+
+    Strict, so that no decoder can read another size from the same bytes. Raises BadImage if it is neither format,
+    has no whole header, or is larger than `MAX_PIXELS`.
+    """
+    try:
+        if image.startswith(PNG):
+            length, kind, width, height = struct.unpack_from(">I4sII", image, len(PNG))
+            if length != 13 or kind != b"IHDR":
+                raise BadImage("is a bad image (its PNG header is damaged)")
+        elif image.startswith(JPEG):
+            height, width = _jpeg_size(image)
+        else:
+            raise BadImage("is neither JPEG nor PNG")
+    except struct.error:
+        raise BadImage("is a truncated image (its header is cut off)") from None
+    if not height or not width:
+        raise BadImage("is a bad image (it has no pixels)")
+    if height * width > MAX_PIXELS:
+        raise BadImage(
+            f"is {width} x {height} pixels, more than {MAX_PIXELS >> 20} million pixels; make it smaller"
+        )
+    return height, width
+
+
+def _jpeg_size(image: bytes) -> tuple[int, int]:
+    at = 2
+    while True:
+        at = max(at, FILL.match(image, at).end() - 1)  # type: ignore[union-attr]  # fill bytes may precede a marker
+        start, marker, length = struct.unpack_from(">BBH", image, at)
+        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == JPEG_SCAN[1] or length < 2:
+            raise BadImage("is a bad image (its JPEG header is damaged)")
+        if marker in SIZE_MARKERS:
+            height, width = struct.unpack_from(">HH", image, at + 5)
+            return height, width
+        at += 2 + length
+
+
+def check_header(image: bytes, height: int, width: int) -> None:
+    """Raises BadImage unless the image's header gives this size; a decoder that trusted a wrong one could crash."""
+    found = header_size(image)
+    if found != (height, width):
+        raise BadImage(f"is {found[1]} x {found[0]} pixels, but recorded as {width} x {height}")
+    if image.count(JPEG_SCAN) > MAX_SCANS:
+        raise BadImage(f"is a bad image (it has more than {MAX_SCANS} scans)")
+
+
+class Examiner:
+    """Decodes images as training will (DALI) and by a second decoder (PIL), which finds damage that DALI overlooks."""
+
+    def __init__(self) -> None:
+        self.decoder = Decoder(threads=1)
+
+    def __call__(self, images: Sequence[bytes]) -> list[tuple[int, int] | BadImage]:
+        """(height, width) of each image, as encoded, or what is wrong with it."""
+        results: list[tuple[int, int] | BadImage] = []
+        for image in images:
+            try:
+                results.append(_examine_by_pil(image))
+            except BadImage as error:
+                results.append(error)
+        part: list[int] = []
+        pixels = 0
+        for i, result in enumerate(results):
+            if isinstance(result, BadImage):
+                continue
+            if part and pixels + result[0] * result[1] > CHUNK_PIXELS:
+                self._examine_by_dali(images, results, part)
+                part, pixels = [], 0
+            part.append(i)
+            pixels += result[0] * result[1]
+        self._examine_by_dali(images, results, part)
+        return results
+
+    def _examine_by_dali(
+        self, images: Sequence[bytes], results: list[tuple[int, int] | BadImage], part: list[int]
+    ) -> None:
+        """Decodes the images `part`; halves it until the bad ones are found, since DALI does not name them."""
+        if not part:
+            return
+        try:
+            with _one_large_image if _large(results[part[0]]) else nullcontext():
+                decoded = self.decoder([np.frombuffer(images[i], np.uint8) for i in part])
+                shapes = [image.shape[:2] for image in decoded]
+        except RuntimeError:
+            if len(part) == 1:
+                results[part[0]] = BadImage(
+                    "is a bad image (DALI cannot decode it); get it again or remove it"
+                )
+                return
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                self._examine_by_dali(images, results, half)
+            return
+        for i, shape in zip(part, shapes, strict=True):
+            if results[i] != shape:
+                results[i] = BadImage("is a bad image (its decoders disagree on its size); remove it")
+
+
+def _large(size: tuple[int, int] | BadImage) -> bool:
+    return not isinstance(size, BadImage) and size[0] * size[1] > CHUNK_PIXELS // 4
+
+
+def _examine_by_pil(image: bytes) -> tuple[int, int]:
+    if len(image) > MAX_BYTES:
+        raise BadImage(f"has {len(image):,} bytes, more than {MAX_BYTES >> 20} MB; make it smaller")
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
-            picture.load()
-            # The decoders take a file whose end is missing or zeroed, which DALI may not.
-            if picture.format == "PNG":
-                ended = b"IEND" in image[-16:]
-            else:
-                ended = image.rfind(JPEG_END) > image.rfind(JPEG_SCAN)
-            size = picture.height, picture.width
-    except UnidentifiedImageError as error:
-        raise InputError(f"{place}: {name} is neither JPEG nor PNG; remove or convert it") from error
+            size = header_size(image)
+            check_header(image, picture.height, picture.width)
+            with _one_large_image if _large(size) else nullcontext():
+                picture.load()
+            png = picture.format == "PNG"
+    except BadImage:
+        raise
+    except UnidentifiedImageError:
+        raise BadImage("is neither JPEG nor PNG; remove or convert it") from None
     except Exception as error:  # PIL's decoders raise all kinds of errors on bad data
-        raise InputError(f"{place}: {name} is a bad image ({error}); get it again or remove it") from error
-    if not ended:
-        raise InputError(
-            f"{place}: {name} is a truncated image (its end is missing); get it again or remove it"
-        )
+        raise BadImage(f"is a bad image ({error}); get it again or remove it") from None
+    # PIL takes a file whose end is missing or zeroed, which DALI may not.
+    if b"IEND" not in image[-16:] if png else image.rfind(JPEG_END) <= image.rfind(JPEG_SCAN):
+        raise BadImage("is a truncated image (its end is missing); get it again or remove it")
     return size

@@ -1,27 +1,38 @@
+"""How folders and zips of images are laid out: as Tiny ImageNet, or as a folder for each class."""
+
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
-from fastnet.data.entries import SPLIT_NAMES, Entry, Source, Tree
+from fastnet.data.entries import SPLIT_NAMES, Entry, Source, Tree, is_image_name
+from fastnet.data.image import MAX_BYTES, BadImage
 from fastnet.errors import InputError
+
+MAX_TEXT = 1 << 24  # bytes of a text file; Tiny ImageNet's largest has 3 MB
+
+
+def tree_source(tree: Tree, record: dict[str, Any]) -> Source:
+    """The source that a folder or zip is. Raises InputError if it has neither layout, or is not consistent."""
+    roots = [name.removesuffix("wnids.txt") for name in tree.files if name.split("/")[-1] == "wnids.txt"]
+    if len(roots) > 1:
+        raise InputError(f"{tree.path}: more than one wnids.txt: {', '.join(roots)}; name one folder")
+    return official_layout(tree, roots[0], record) if roots else class_folders(tree, record)
 
 
 def official_layout(tree: Tree, root: str, record: dict[str, Any]) -> Source:
     """train/<wnid>/images/*, flat val/images/* with val_annotations.txt, flat test/images/*."""
-    present = set(tree.files)
-
-    def lines(name: str) -> list[str]:
-        if root + name not in present:
-            raise InputError(f"{tree.path}: {root}{name} is missing")
-        return tree.read(root + name).decode("utf-8", "replace").splitlines()
-
-    wnids = sorted({line.strip() for line in lines("wnids.txt")} - {""})
+    wnids = sorted({line.strip() for line in _lines(tree, root + "wnids.txt")} - {""})
     inside = re.compile(re.escape(root) + r"(train/([^/]+)|val|test)/images/([^/]+)")
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": []}
+    left_out = []
     for file in tree.files:
         if match := inside.fullmatch(file):
-            splits[match[1].split("/")[0]].append(Entry(match[3], match[2], file))
+            if is_image_name(file):
+                splits[match[1].split("/")[0]].append(Entry(match[3], match[2], file))
+            else:
+                left_out.append(file)
 
     trained = {entry.label for entry in splits["train"]}
     if missing := [wnid for wnid in wnids if wnid not in trained]:
@@ -29,48 +40,109 @@ def official_layout(tree: Tree, root: str, record: dict[str, Any]) -> Source:
     if unknown := sorted(str(label) for label in trained.difference(wnids)):
         raise InputError(f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks")
 
-    labels = {}
-    val = {entry.name for entry in splits["val"]}
-    for number, line in enumerate(lines("val/val_annotations.txt"), 1):
+    labels = _annotations(tree, root + "val/val_annotations.txt", {entry.name for entry in splits["val"]})
+    splits["val"] = [entry._replace(label=labels[entry.name]) for entry in splits["val"]]
+
+    lines = _lines(tree, root + "words.txt") if root + "words.txt" in tree.files else []
+    pairs = (line.partition("\t") for line in lines)
+    words = {wnid: meaning.split(",")[0].strip() for wnid, _, meaning in pairs if wnid in trained}
+    return Source(record, splits, _reader(tree), words, left_out)
+
+
+def _annotations(tree: Tree, file: str, images: set[str]) -> dict[str, str]:
+    """The class of each val image: lines of the image's name, its class and a box, separated by tabs."""
+    labels: dict[str, str] = {}
+    for number, line in enumerate(_lines(tree, file), 1):
         name, _, rest = line.partition("\t")
         if not line.strip():
             continue
-        if name not in val:
-            raise InputError(
-                f"{tree.path}: {root}val/val_annotations.txt line {number} names {name!r}, not in val/images"
-            )
+        if name not in images:
+            raise InputError(f"{tree.path}: {file} line {number} names {name!r}, not in val/images")
+        if name in labels:
+            raise InputError(f"{tree.path}: {file} line {number} names {name!r} a second time")
         labels[name] = rest.split("\t")[0].strip()
-    for entry in splits["val"]:
-        if entry.name not in labels:
-            raise InputError(f"{tree.path}: {entry.where} has no line in {root}val/val_annotations.txt")
-    splits["val"] = [entry._replace(label=labels[entry.name]) for entry in splits["val"]]
-
-    pairs = (line.partition("\t") for line in (lines("words.txt") if root + "words.txt" in present else []))
-    words = {wnid: meaning.split(",")[0].strip() for wnid, _, meaning in pairs if wnid in trained}
-    return Source(record, splits, tree.read, words)
+    if missing := sorted(images - labels.keys()):
+        folder = file.removesuffix("val_annotations.txt")
+        raise InputError(f"{tree.path}: {folder}images/{missing[0]} has no line in {file}")
+    return labels
 
 
 def class_folders(tree: Tree, record: dict[str, Any]) -> Source:
     """<class>/..., or train/<class>/..., val/<class>/..., test/<class>/... or test/* (unlabelled)."""
-    tops = {file.split("/")[0] for file in tree.files}
-    prefix = f"{tops.pop()}/" if len(tops) == 1 and not tops & set(SPLIT_NAMES) else ""
-    if prefix and not any(file.removeprefix(prefix).count("/") for file in tree.files):
-        prefix = ""  # a single class, not a folder around the classes
-    files = [file.removeprefix(prefix) for file in tree.files]
-    splitted = any(file.startswith("train/") for file in files)
+    files = [file for file in tree.files if is_image_name(file)]
+    left_out = [file for file in tree.files if not is_image_name(file)]
+    prefix = _folder_around(files)
+    inner = [file.removeprefix(prefix) for file in files]
+    parts = _split_folders(tree, inner)
     splits: dict[str, list[Entry]] = {"train": []}
-    for file, where in zip(files, tree.files, strict=True):
-        if not splitted:
-            split, inner = "train", file
-        elif (top := file.split("/")[0]) in SPLIT_NAMES:
-            split, inner = SPLIT_NAMES[top], file.partition("/")[2]
+    for file, where in zip(inner, files, strict=True):
+        top, _, below = file.partition("/")
+        if not parts:
+            split, name = "train", file
+        elif top in parts and below:
+            split, name = parts[top], below
         else:
             raise InputError(f"{tree.path}: {where} is in none of train/, val/ and test/")
-        label = inner.split("/")[0] if "/" in inner else None
+        label = name.split("/")[0] if "/" in name else None
         if label is None and split != "test":
             raise InputError(
                 f"{tree.path}: {where} is in no class folder; known are the zip or folder of Tiny ImageNet, "
                 "Parquet files, and a folder of class folders"
             )
-        splits.setdefault(split, []).append(Entry(inner, label, where))
-    return Source({**record, "kind": f"class folders ({record['kind']})"}, splits, tree.read)
+        splits.setdefault(split, []).append(Entry(name, label, where))
+    _refuse_empty(tree, prefix, parts, files)
+    record = {**record, "kind": f"class folders ({record['kind']})"}
+    return Source(record, splits, _reader(tree), left_out=left_out)
+
+
+def _folder_around(files: list[str]) -> str:
+    """The one folder around everything, with a slash; empty if there is none, or it is a class or a split."""
+    tops = {file.partition("/")[0] for file in files}
+    if len(tops) != 1 or (top := tops.pop()).lower() in SPLIT_NAMES:
+        return ""
+    return f"{top}/" if any(file.count("/") > 1 for file in files) else ""
+
+
+def _split_folders(tree: Tree, files: list[str]) -> dict[str, str]:
+    """Top folder -> split, in any case of letters; empty if no top folder is the train split."""
+    tops = {file.partition("/")[0] for file in files if "/" in file}
+    parts = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
+    if "train" not in parts.values():
+        return {}
+    for split in parts.values():
+        same = sorted(top for top, name in parts.items() if name == split)
+        if len(same) > 1:
+            raise InputError(
+                f"{tree.path}: {same[0]}/ and {same[1]}/ would both be the {split} split; keep one"
+            )
+    return parts
+
+
+def _refuse_empty(tree: Tree, prefix: str, parts: dict[str, str], files: list[str]) -> None:
+    """Raises InputError for the folder of a class or a split without images, rather than leave it out."""
+    filled = parent_folders(files)
+    class_depth = bool(prefix) + bool(parts)
+    for folder in sorted(tree.folders - filled):
+        depth, name = folder.count("/"), folder.rpartition("/")[2]
+        is_split = parts and depth == class_depth - 1 and name.lower() in SPLIT_NAMES
+        if folder.startswith(prefix) and (depth == class_depth or is_split):
+            raise InputError(f"{tree.path}: {folder}/ has no images; remove it, or put images into it")
+
+
+def parent_folders(files: list[str]) -> set[str]:
+    """All folders on the way to the files."""
+    nearest = {file.rpartition("/")[0] for file in files}
+    return {str(folder) for near in nearest for folder in (near, *PurePosixPath(near).parents)} - {"", "."}
+
+
+def _lines(tree: Tree, name: str) -> list[str]:
+    if name not in tree.files:
+        raise InputError(f"{tree.path}: {name} is missing")
+    try:
+        return tree.read(name, MAX_TEXT).decode("utf-8", "replace").splitlines()
+    except BadImage as error:
+        raise InputError(f"{tree.path}: {name} {error}") from error
+
+
+def _reader(tree: Tree) -> Any:
+    return lambda name: tree.read(name, MAX_BYTES)

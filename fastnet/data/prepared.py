@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
+from msgspec import Meta
 
-from fastnet.errors import InputError
+from fastnet.data.image import MAX_PIXELS, BadImage, check_header
+from fastnet.errors import InputError, unreadable
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -29,6 +33,50 @@ SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
     ]
 )
+MAX_META = 1 << 26  # bytes of set.json
+LEAST_ROW = (
+    28  # bytes of an image's entries in the columns: fewer per row cannot be, however a file repeats itself
+)
+
+Count = Annotated[int, Meta(ge=1)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class SplitMeta(msgspec.Struct):
+    """What `set.json` says of a split. `sha256` is of names, labels and images (see `add_image`)."""
+
+    file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+    count: Count
+    bytes: Count
+    sha256: Digest
+
+
+class SourceMeta(msgspec.Struct):
+    """Where a set comes from; `official` and `md5` are None where nothing tells."""
+
+    kind: str
+    path: str | None
+    official: bool | None
+    bytes: int | None
+    md5: str | None
+
+
+class FormatMeta(msgspec.Struct):
+    """What every version of `set.json` says."""
+
+    format: int
+
+
+class SetMeta(FormatMeta):
+    """The contents of `set.json`."""
+
+    name: str
+    fastnet: str
+    source: SourceMeta
+    hash: Digest
+    splits: dict[str, SplitMeta]
+    classes: Annotated[list[str], Meta(min_length=1)]
+    words: list[str]
 
 
 @dataclass(frozen=True)
@@ -55,9 +103,24 @@ class Split:
         return self.table.column("name").to_pylist()
 
     def jpeg(self, i: int) -> np.ndarray:
-        """The encoded bytes of image `i`: a read-only uint8 view of the mapped file, no copy."""
+        """The encoded bytes of image `i`: a read-only uint8 view of the mapped file, no copy.
+
+        Raises InputError, by the image's name, if its header does not give the size in `sizes`: what crops by a
+        wrong size reads beyond the image. Each image is checked the first time it is asked for.
+        """
         begin, end = self.bounds[i]
-        return self.mapped[begin:end]
+        image = self.mapped[begin:end]
+        if not self._checked[i]:
+            try:
+                check_header(image.tobytes(), *self.sizes[i].tolist())
+            except BadImage as error:
+                raise InputError(f"{self.path}: {self.names[i]} {error}") from error
+            self._checked[i] = True
+        return image
+
+    @cached_property
+    def _checked(self) -> bytearray:
+        return bytearray(len(self))
 
 
 @dataclass(frozen=True)
@@ -93,73 +156,103 @@ def open_set(path: Path) -> PreparedSet:
 
     Raises InputError if there is no set at `path`, it is half there or damaged, or of another format version.
     """
+    path = Path(path)
     meta = read_meta(path)
-    try:
-        splits = {
-            name: open_split(name, path / entry["file"], entry, len(meta["classes"]))
-            for name, entry in meta["splits"].items()
-        }
-        return PreparedSet(
-            path, meta["name"], meta["classes"], meta["words"], splits, meta["source"], meta["hash"]
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise damaged(path / "set.json", f"misses or garbles {error}") from error
+    splits: dict[str, Split] = {
+        name: open_split(name, path / entry.file, entry, len(meta.classes))
+        for name, entry in meta.splits.items()
+    }
+    source = msgspec.structs.asdict(meta.source)
+    return PreparedSet(path, meta.name, meta.classes, meta.words, splits, source, meta.hash)
 
 
-def read_meta(path: Path) -> dict[str, Any]:
+def read_meta(path: Path) -> SetMeta:
     """The parsed `set.json` of the set at `path`. Raises InputError as `open_set` does."""
     if not path.is_dir():
         raise InputError(f"{path}: no such set; make it with: python -m fastnet.prepare SOURCE --out {path}")
-    try:
-        meta = json.loads((path / "set.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = path / "set.json"
+    if not file.is_file():
         raise InputError(
             f"{path}: not a prepared set (it has no set.json); make one with: "
             "python -m fastnet.prepare SOURCE --out SET"
-        ) from None
-    except ValueError as error:
-        raise damaged(path / "set.json", str(error)) from error
-    if not isinstance(meta, dict) or "format" not in meta:
-        raise damaged(path / "set.json", "it names no format")
-    if meta["format"] != FORMAT:
-        raise InputError(
-            f"{path}: a set of format {meta['format']}, this version reads format {FORMAT}; prepare it again"
         )
+    try:
+        if file.stat().st_size > MAX_META:
+            raise damaged(file, f"it has more than {MAX_META >> 20} MB")
+        content = file.read_bytes()
+        known = msgspec.json.decode(content, type=FormatMeta)
+        if known.format != FORMAT:
+            raise InputError(
+                f"{path}: a set of format {known.format}, this version reads format {FORMAT}; prepare it again"
+            )
+        meta = msgspec.json.decode(content, type=SetMeta)
+    except OSError as error:
+        raise unreadable(error, file) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise damaged(file, str(error)) from error
+    if "train" not in meta.splits or not set(meta.splits) <= set(SPLITS):
+        raise damaged(file, f"its splits are {', '.join(meta.splits)}")
+    if len(set(meta.classes)) < len(meta.classes) or len(meta.words) != len(meta.classes):
+        raise damaged(file, "its classes are not distinct, or not as many as its words")
     return meta
 
 
-def open_split(name: str, path: Path, entry: dict[str, Any], classes: int) -> Split:
+def open_split(name: str, path: Path, entry: SplitMeta, classes: int) -> Split:
     """Maps one split's file and checks it against its entry in `set.json` and against itself."""
     if not path.is_file():
         raise damaged(path, "it is missing")
-    if path.stat().st_size != entry["bytes"]:
-        raise damaged(path, f"it has {path.stat().st_size} bytes, set.json says {entry['bytes']}")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise damaged(path, f"it has {size} bytes, set.json says {entry.bytes}")
+    if entry.count * LEAST_ROW > size:
+        raise damaged(path, f"it cannot hold {entry.count} images")
     try:
-        with pa.memory_map(str(path)) as file:
+        with pa.memory_map(os.fsencode(path)) as file:
             buffer = file.read_buffer()
-        reader = pa.ipc.open_file(buffer)
-        if not reader.schema.equals(SCHEMA):
-            raise damaged(path, "its columns are not those of a prepared set")
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        table = pa.Table.from_batches(batches, SCHEMA)
-    except (pa.ArrowException, OSError) as error:
+        table, bounds = read_table(path, buffer, entry.count)
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow raises all kinds of errors on bad data
         raise damaged(path, str(error)) from error
     labels = table.column("label").to_numpy()
-    bounds = np.concatenate([image_bounds(batch, buffer.address) for batch in batches])
-    if len(labels) != entry["count"]:
-        raise damaged(path, f"it holds {len(labels)} images, set.json says {entry['count']}")
-    if bounds.min() < 0 or bounds.max() > buffer.size or (bounds[:, 0] >= bounds[:, 1]).any():
-        raise damaged(path, "its image offsets are out of order")
-    if labels.min() < -1 or labels.max() >= classes:
+    if labels.min() < (-1 if name == "test" else 0) or labels.max() >= classes:
         raise damaged(path, "its labels are out of range")
     sizes = np.stack([table.column(c).to_numpy() for c in ("height", "width")], axis=1)
+    if sizes.min() < 1 or sizes.astype(np.int64).prod(axis=1).max() > MAX_PIXELS:
+        raise damaged(path, "its image sizes are out of range")
     return Split(name, path, labels, sizes, table, np.frombuffer(buffer, np.uint8), bounds)
+
+
+def read_table(path: Path, buffer: pa.Buffer, count: int) -> tuple[pa.Table, np.ndarray]:
+    """The columns of a split's file, in which every offset is checked, and the bounds of its images.
+
+    bounds: [N, 2] int64, where each image begins and ends in the file.
+    """
+    reader = pa.ipc.open_file(buffer)
+    if not reader.schema.equals(SCHEMA):
+        raise damaged(path, "its columns are not those of a prepared set")
+    batches: list[pa.RecordBatch] = []
+    left = count
+    for i in range(reader.num_record_batches):
+        batch = reader.get_batch(i)
+        batch.validate(full=True)
+        left -= len(batch)
+        if left < 0 or any(column.null_count for column in batch.columns):
+            raise damaged(path, f"it holds more than {count} images, or some without a value in every column")
+        batches.append(batch)
+    if left:
+        raise damaged(path, f"it holds {count - left} images, set.json says {count}")
+    bounds = np.concatenate([image_bounds(batch, buffer.address) for batch in batches])
+    if bounds.min() < 0 or bounds.max() > buffer.size or (bounds[:, 0] >= bounds[:, 1]).any():
+        raise damaged(path, "its image offsets are out of order")
+    return pa.Table.from_batches(batches, SCHEMA), bounds
 
 
 def image_bounds(batch: pa.RecordBatch, base: int) -> np.ndarray:
     """[n, 2] int64: where the batch's images begin and end, counted from the address `base`."""
-    _, offsets, data = batch.column("jpeg").buffers()
-    at = np.frombuffer(offsets, np.int64)[: len(batch) + 1] + (data.address - base)
+    column = batch.column("jpeg")
+    _, offsets, data = column.buffers()
+    at = np.frombuffer(offsets, np.int64)[column.offset :][: len(batch) + 1] + (data.address - base)
     return np.stack([at[:-1], at[1:]], axis=1)
 
 

@@ -6,18 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from fastnet import __version__
-from fastnet.data.entries import Entry, Source
-from fastnet.data.image import image_size
+from fastnet.data.entries import Entry, Source, readable
+from fastnet.data.image import BadImage, Examiner
 from fastnet.data.lock import exclusive
 from fastnet.data.prepared import FORMAT, SCHEMA, SPLITS, PreparedSet, add_image, open_set, set_hash
 from fastnet.data.sources import sample_source
@@ -25,7 +25,9 @@ from fastnet.errors import InputError, refused
 from fastnet.progress import Progress
 
 BATCH_BYTES = 4 << 20  # a record batch's share of memory while it is being written
-CHUNK = 32  # images that a thread checks at a time
+CHUNK = 32  # images that a thread examines at a time
+CHUNK_BYTES = 8 << 20
+NAMED_AT_MOST = 10  # bad images that an error message names
 
 
 def prepare_sample(out: Path) -> PreparedSet:
@@ -57,9 +59,8 @@ def make_set(source: Source, splits: dict[str, list[Entry]], classes: list[str],
         return False
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
-        shutil.rmtree(
-            partial
-        )  # left by a run that was killed: nobody else writes it while this one holds the lock
+        # A run that was killed left it: nobody else writes it while this one holds the lock.
+        shutil.rmtree(partial)
     partial.mkdir()
     try:
         contents = write_set(partial, source, splits, classes, out.name)
@@ -78,8 +79,15 @@ def make_set(source: Source, splits: dict[str, list[Entry]], classes: list[str],
 
 def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[Entry]], list[str]]:
     """The splits to write, with a val split taken from train if the source has none, and the sorted classes."""
-    place = source.record["path"] or source.record["kind"]
-    splits = {name: source.splits[name] for name in SPLITS if source.splits.get(name)}
+    place = source.place
+    splits = {
+        name: [
+            entry._replace(name=readable(entry.name), label=entry.label and readable(entry.label))
+            for entry in source.splits[name]
+        ]
+        for name in SPLITS
+        if source.splits.get(name)
+    }
     if "train" not in splits:
         raise InputError(f"{place}: no training images in it")
     if "val" not in splits:
@@ -128,46 +136,76 @@ def standing_set(out: Path) -> PreparedSet | None:
 def write_set(
     out: Path, source: Source, splits: dict[str, list[Entry]], classes: list[str], name: str
 ) -> str:
-    """Writes every split's file and then set.json into the directory `out`; the hash of the contents."""
+    """Writes every split's file and then set.json into the directory `out`; the hash of the contents.
+
+    Raises InputError if images are bad: it names the first ten and gives their number.
+    """
+    bad = BadImages(source.place)
     with Progress("preparing", sum(map(len, splits.values())), "images") as progress:
         files = {
-            split: write_split(out / f"{split}.arrow", source, entries, classes, progress)
+            split: write_split(out / f"{split}.arrow", source, entries, classes, bad, progress)
             for split, entries in splits.items()
         }
+    bad.refuse()
     contents = set_hash(classes, {split: file["sha256"] for split, file in files.items()})
     meta = {
         "format": FORMAT,
-        "name": name,
+        "name": readable(name),
         "fastnet": __version__,
         "source": source.record,
         "hash": contents,
         "splits": files,
         "classes": classes,
-        "words": [source.words.get(label, label) for label in classes],
+        "words": [readable(source.words.get(label, label)) for label in classes],
     }
     (out / "set.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     flush_to_disk(out / "set.json")
     return contents
 
 
+class BadImages:
+    """Collects what is wrong with images, so that one attempt tells of all."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, name: str, error: BadImage) -> None:
+        self.count += 1
+        if self.count <= NAMED_AT_MOST:
+            self.first.append(f"{name} {error}")
+
+    def refuse(self) -> None:
+        """Raises InputError if there are any."""
+        if self.count == 1:
+            raise InputError(f"{self.place}: {self.first[0]}")
+        if self.count:
+            more = f"; and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+            raise InputError(f"{self.place}: {self.count:,} bad images: {'; '.join(self.first)}{more}")
+
+
 def write_split(
-    path: Path, source: Source, entries: list[Entry], classes: list[str], progress: Progress
+    path: Path, source: Source, entries: list[Entry], classes: list[str], bad: BadImages, progress: Progress
 ) -> dict[str, Any]:
-    """Writes one split's file; its entry in set.json."""
+    """Writes one split's file without the bad images; its entry in set.json."""
     label_of = {label: i for i, label in enumerate(classes)}
     digest = hashlib.sha256()
     rows: list[tuple[str, bytes, int, int, int]] = []
     held = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for entry, image, (height, width) in examined(entries, source):
+    with pa.OSFile(os.fsencode(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for entry, image, size in examined(entries, source):
+            progress.add()
+            if isinstance(size, BadImage):
+                bad.add(entry.where if isinstance(entry.where, str) else entry.name, size)
+                continue
             label = -1 if entry.label is None else label_of[entry.label]
             add_image(digest, entry.name, label, image)
-            rows.append((entry.name, image, label, height, width))
+            rows.append((entry.name, image, label, *size))
             held += len(image)
             if held >= BATCH_BYTES:
                 writer.write_batch(record_batch(rows))
                 rows, held = [], 0
-            progress.add(1)
         if rows:
             writer.write_batch(record_batch(rows))
     flush_to_disk(path)
@@ -184,30 +222,53 @@ def record_batch(rows: list[tuple[str, bytes, int, int, int]]) -> pa.RecordBatch
     return pa.record_batch([pa.array(values, field.type) for values, field in columns], schema=SCHEMA)
 
 
-def examined(entries: Iterable[Entry], source: Source) -> Iterator[tuple[Entry, bytes, tuple[int, int]]]:
-    """Reads the images in order, and decodes them in threads (PIL frees the interpreter while it decodes)."""
+Examined = tuple[Entry, bytes, tuple[int, int] | BadImage]
 
-    def examine(chunk: list[tuple[Entry, bytes]]) -> list[tuple[int, int]]:
-        return [image_size(image, entry, place) for entry, image in chunk]
 
-    place = source.record["path"] or source.record["kind"]
+def examined(entries: Iterable[Entry], source: Source) -> Iterator[Examined]:
+    """Reads the images in order, and decodes them in threads (the decoders free the interpreter meanwhile)."""
+    own = threading.local()
+
+    def examine(chunk: list[tuple[Entry, bytes | BadImage]]) -> list[Examined]:
+        if not hasattr(own, "examiner"):
+            own.examiner = Examiner()
+        sizes = iter(own.examiner([image for _, image in chunk if isinstance(image, bytes)]))
+        return [
+            (entry, image, next(sizes)) if isinstance(image, bytes) else (entry, b"", image)
+            for entry, image in chunk
+        ]
+
     threads = min(8, len(os.sched_getaffinity(0)))
-    waiting: deque[tuple[list[tuple[Entry, bytes]], Future[list[tuple[int, int]]]]] = deque()
-    remaining = iter(entries)
+    waiting: deque[Future[list[Examined]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        while True:
-            chunk = [(entry, source.read(entry.where)) for entry in islice(remaining, CHUNK)]
-            if chunk:
-                waiting.append((chunk, pool.submit(examine, chunk)))
-            if not waiting:
-                return
-            if not chunk or len(waiting) > 2 * threads:
-                done, sizes = waiting.popleft()
-                for (entry, image), size in zip(done, sizes.result(), strict=True):
-                    yield entry, image, size
+        for chunk in chunks_read(entries, source):
+            waiting.append(pool.submit(examine, chunk))
+            if len(waiting) > 2 * threads:
+                yield from waiting.popleft().result()
+        for done in waiting:
+            yield from done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def chunks_read(entries: Iterable[Entry], source: Source) -> Iterator[list[tuple[Entry, bytes | BadImage]]]:
+    """The images as they are read, in lists of at most CHUNK, shorter where they are large."""
+    chunk: list[tuple[Entry, bytes | BadImage]] = []
+    held = 0
+    for entry in entries:
+        image: bytes | BadImage
+        try:
+            image = source.read(entry.where)
+            held += len(image)
+        except BadImage as error:
+            image = error
+        chunk.append((entry, image))
+        if len(chunk) == CHUNK or held >= CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 def flush_to_disk(path: Path) -> None:

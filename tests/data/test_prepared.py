@@ -163,7 +163,9 @@ def test_damaged_file(tmp_path: Path) -> None:
     assert good.count(offsets) == 1
     wild = np.frombuffer(offsets, "<i8").copy()
     wild[2] = len(good) * 2
-    assert "train.arrow: damaged: its image offsets" in with_content(good.replace(offsets, wild.tobytes()))
+    assert "train.arrow: damaged: In column 1: Invalid: Offset" in with_content(
+        good.replace(offsets, wild.tobytes())
+    )
     labels = np.array([0, 1, 0, 1], "<i8").tobytes()
     assert good.count(labels) == 1
     wrong = np.array([0, 1, 0, 7], "<i8").tobytes()
