@@ -13,6 +13,8 @@ from tests.support.hosts import Hosts, ip
 from tests.support.runs import events, wait_for_step
 from tests.training.test_trainer import STEPS, TINY
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Hosts:

@@ -47,7 +47,7 @@ def test_trace_of_a_window(tiny_set: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "trace-rank0.json").unlink()
     train.main([*FLAGS.split(), *given, "--max-steps", "5"])
     assert not (tmp_path / "run" / "trace-rank0.json").exists()
-    assert load(tmp_path / "run" / "last.pt")["position"]["step"] == 5
+    assert load(tmp_path / "run" / "last.pt").position.step == 5
 
 
 def test_a_window_that_the_run_ends_in(tiny_set: Path, tmp_path: Path) -> None:
@@ -64,6 +64,7 @@ def test_a_trace_that_cannot_be_written(tiny_set: Path, tmp_path: Path) -> None:
         train.main([*FLAGS.split(), *given, "--profile-steps", "0:1", "--max-steps", "2"])
 
 
+@pytest.mark.xdist_group("ranks")
 def test_a_file_per_rank(tiny_set: Path, tmp_path: Path) -> None:
     """With two ranks each writes its own, and the gradients' all-reduce shows."""
     given = ["--data", tiny_set, "--run-dir", tmp_path / "run", "--profile-steps", "1:2", "--max-steps", 2]
