@@ -34,7 +34,7 @@ class GpuWatch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.sampler is None:
+        if self.sampler is None or self.sampler.stdout is None:
             return
         select.select([self.sampler.stdout], [], [], FIRST_SAMPLE_S)
         self.sampler.terminate()

@@ -171,7 +171,7 @@ def test_the_gpu_graph_is_valid(decode: str, policy: str) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda images, *_: fn.color_twist(images, **{"brightnes": 1.0}),
+        lambda images, *_: fn.color_twist(images, brightnes=1.0),  # type: ignore[call-overload]
         lambda images, *_: fn.color_twist(images, brightness="bright"),
         lambda images, *_: fn.color_twist(images, brightness=images),  # an argument on the GPU
         lambda images, *_: fn.decoders.image(images, device="cpu"),  # GPU data for a CPU operator
