@@ -59,12 +59,12 @@ def install() -> None:
             kwargs["device"] = "cpu"
         return type.__call__(cls, *args, **kwargs)
 
-    setattr(made, "__signature__", signature)  # pipeline_def reads it
     operator = type(ops.Resize)  # the metaclass of all operators
-    for owner, name, function in (
+    for owner, name, value in (
+        (made, "__signature__", signature),  # pipeline_def reads it
         (Pipeline, "__init__", made),
         (Pipeline, "_outputs", given_out),
         (DataNode, "gpu", moved),
         (operator, "__call__", defined),
     ):
-        setattr(owner, name, function)
+        setattr(owner, name, value)

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ptxrun import launch
+from ptxrun import launch, launch_arguments
 from softgpu import graphs, watching
 from softgpu.host import alias, region
 
@@ -32,13 +32,13 @@ def _bind(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 
 def _execute(name: str, kernel: Any, grid: Any, bound: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Runs the compiled `kernel` on the memory of its arguments; within a capture at each replay instead."""
-    names = [n for n, kind in kernel.src.signature.items() if kind != "constexpr"]
+    given = launch_arguments(kernel.src.signature, bound)
     here = torch.cuda.current_device()
-    tensors = {n: bound[n] for n in names if isinstance(bound[n], torch.Tensor)}
+    tensors = {n: value for n, value in given.items() if isinstance(value, torch.Tensor)}
     for n, tensor in tensors.items():
         if not tensor.is_cuda or tensor.device.index != here:
             raise RuntimeError(f"softgpu: {name} runs on cuda:{here}, its {n} is on {tensor.device}")
-    values = [alias(bound[n]) if n in tensors else bound[n] for n in names]
+    values = [alias(value) if n in tensors else value for n, value in given.items()]
     sizes = grid(bound) if callable(grid) else grid
     meta = kernel.metadata
 
@@ -49,7 +49,7 @@ def _execute(name: str, kernel: Any, grid: Any, bound: Mapping[str, Any], option
             values,
             meta.num_warps,
             meta.shared,
-            names=names,
+            names=list(given),
             entry=meta.name,
             scratch_bytes=meta.global_scratch_size,
             **options,

@@ -13,9 +13,12 @@ import pytest
 from tests.support.paths import REPOSITORY
 
 CHECKS = Path(__file__).with_name("checks")
+# The checks of each group and softgpu's options. Groups of like length, as two of them run at a time.
 GROUPS = {
-    "check_device.py": ["--devices", "2", "--memory-mb", "512"],
-    "check_graphs.py": [],
+    "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
+    "graphs": (["check_graphs.py"], []),
+    "baseline": (["check_training.py", "-k", "not lstm"], []),
+    "lstm": (["check_training.py", "-k", "lstm"], []),
 }
 
 
@@ -36,5 +39,17 @@ def softgpu(*command: str) -> subprocess.CompletedProcess[str]:
 )
 @pytest.mark.parametrize("group", GROUPS)
 def test_group(group: str) -> None:
-    done = softgpu(*GROUPS[group], "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS / group))
+    (file, *chosen), options = GROUPS[group]
+    done = softgpu(
+        *options,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--tb=short",
+        str(CHECKS / file),
+        *chosen,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
