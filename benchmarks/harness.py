@@ -1,7 +1,7 @@
 """What every benchmark shares: how it times, and how it records what the numbers belong to.
 
-Times come in rounds, each of which runs every candidate once, so that what the machine does meanwhile falls on
-all of them alike. On a GPU, CUDA events on the stream and an L2 cache flushed before each measurement or left warm.
+Times come in rounds, each of which runs every candidate once, so that other work on the machine affects all of them
+alike. On a GPU they are CUDA events on the stream, with the L2 cache flushed before each measurement or left warm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastnet.provenance import surroundings
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
-QUICK = ROOT.parent / "runs" / "benchmarks"  # what --quick measures is to be looked at, not kept
+QUICK = ROOT.parent / "runs" / "benchmarks"  # of --quick: to look at, not to keep
 watched: dict[
     str, str
 ] = {}  # the GPU's state during the last `alternate`, for the rows that its times go into
@@ -72,7 +72,7 @@ def write_result(name: str, values: dict[str, Any]) -> Path:
 
 @cache
 def about() -> dict[str, Any]:
-    """What does not change during a benchmark: date, machine, versions, git revision. Empty: not there."""
+    """What does not change during a benchmark: date, machine, versions, git revision; empty for what is not there."""
     known = surroundings()
     versions = known["versions"]
     return {
@@ -90,7 +90,7 @@ def about() -> dict[str, Any]:
 
 
 class Table:
-    """The rows of one benchmark: a long CSV in which each row says all that it belongs to."""
+    """The rows of one benchmark: a long CSV, each row complete in itself."""
 
     def __init__(self, name: str, *, quick: bool) -> None:
         self.name, self.quick = name, quick
@@ -106,14 +106,14 @@ class Table:
         samples: np.ndarray | list[float],
         **more: Any,
     ) -> None:
-        """A measurement: its quantiles over `samples`, and on the screen one line."""
+        """Adds a measurement, as quantiles over `samples`, and prints a line."""
         p20, p50, p80 = np.percentile(samples, [20, 50, 80])
         values = {"p20": f"{p20:.5g}", "p50": f"{p50:.5g}", "p80": f"{p80:.5g}", "n": len(samples)}
         self._put(case, provider, quantity, unit, {**values, **more})
         print(f"  {provider:<34}{quantity:<20}{values['p50']:>10} {unit}", flush=True)
 
     def note(self, case: Mapping[str, Any], provider: str, note: str) -> None:
-        """A candidate without a time, and why."""
+        """Adds a candidate without a time, and says why."""
         self._put(case, provider, "", "", {"note": note})
         print(f"  {provider:<34}{note}", flush=True)
 
@@ -146,7 +146,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 class Laps:
-    """Marks moments within one measurement: CUDA events on a GPU, the host's clock elsewhere."""
+    """Marks moments within one measurement, by CUDA events on a GPU and by the host's clock elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -154,7 +154,7 @@ class Laps:
         self("start")
 
     def __call__(self, name: str) -> None:
-        """The end of the lap `name`."""
+        """Marks the end of the lap `name`."""
         moment: Any = time.perf_counter()
         if self.cuda:
             moment = torch.cuda.Event(enable_timing=True)
@@ -188,9 +188,9 @@ def alternate(
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
-    Each candidate runs `warmup` times unmeasured; then rounds of all of them follow, the order turned by one from
-    round to round, until `seconds` are over: at least `least` rounds, at most `most`. `before` comes before each
-    measurement, outside of it.
+    Each candidate runs `warmup` times unmeasured. Then rounds of all of them follow until `seconds` are over, at least
+    `least` and at most `most`; each round starts one candidate later in the order. `before` runs ahead of each
+    measurement and is not measured.
     """
     for candidate in candidates.values():
         for _ in range(warmup):

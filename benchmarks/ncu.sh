@@ -1,11 +1,11 @@
 #!/bin/sh
 # Measures kernels of a run with Nsight Compute, one file per rank: OUT/rank0.ncu-rep (OUT: runs/profiles, or $OUT).
-# Each kernel is run many times over, so profile few steps and stop soon after.
+# Each kernel is run many times, so profile few steps and stop soon after.
 #
 #   benchmarks/ncu.sh python fastnet/train.py --network lstm --profile-steps 20:21 --max-steps 21
 #   KERNELS='regex:.*' benchmarks/ncu.sh python fastnet/train.py ...      # all kernels; default: those of the LSTMs
 #
-# Ranks would wait for each other's replays: profile one process. $NCU: another ncu; $NCU_FLAGS: more flags.
+# Profile one process, as ranks would wait for each other's replays. $NCU: another ncu; $NCU_FLAGS: more flags.
 set -eu
 if [ "$#" -eq 0 ]; then
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2

@@ -4,7 +4,7 @@
 #   benchmarks/nsys.sh python fastnet/train.py --network lstm --profile-steps 20:25 --max-steps 25
 #   torchrun --nproc_per_node=8 --no-python benchmarks/nsys.sh python fastnet/train.py --profile-steps 20:25 --max-steps 25
 #
-# Without --profile-steps nothing opens the window and nothing is recorded. $NSYS: another nsys; $NSYS_FLAGS: more flags.
+# Without --profile-steps nothing is recorded. $NSYS: another nsys; $NSYS_FLAGS: more flags.
 set -eu
 if [ "$#" -eq 0 ]; then
     sed -n '2,7s/^# \{0,1\}//p' "$0" >&2

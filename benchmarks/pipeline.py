@@ -1,10 +1,10 @@
-"""How fast do training images arrive, against what one would load them with instead?
+"""How fast do training images arrive, compared with other ways to load them?
 
     python -m benchmarks.pipeline [--quick] [--data SET]
 
-Images a second of random resized crop, flip and normalisation into batches on the training device, by the number
-of CPU threads (worker processes for torch's DataLoader), all from the same JPEGs in the page cache. Before a
-measurement a provider first gives the batches that it had prepared meanwhile, so that only steady work counts.
+Measures images a second, with random resized crop, flip and normalisation, into batches on the training device, by the
+number of CPU threads (worker processes for torch's DataLoader). All providers read the same JPEGs from the page cache.
+Before a measurement a provider gives up the batches that it prepared meanwhile, so that only steady work counts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Opened = Iterator[Take]
 
 
 class Source:
-    """The training images as every provider wants them: prepared set, and a folder of class folders."""
+    """The training images in the two forms that providers take: a prepared set, and a folder of class folders."""
 
     def __init__(self, split: Split, folder: Path, batch: int) -> None:
         self.split, self.folder, self.batch = split, folder, batch
@@ -66,7 +66,7 @@ def fastnet(source: Source, size: int, threads: int, device: torch.device, *, de
 
 @pipeline_def(prefetch_queue_depth=PREFETCH)
 def reader_graph(folder: str, size: int, device: torch.device) -> Any:
-    """What DALI's own examples do: file reader with its shuffle, decoder, random resized crop."""
+    """DALI as its own examples use it: a file reader that shuffles, a decoder, a random resized crop."""
     files, labels = fn.readers.file(file_root=folder, random_shuffle=True, name="reader")
     cuda = device.type == "cuda"
     images = fn.decoders.image(files, device="mixed" if cuda else "cpu")
@@ -99,7 +99,7 @@ def decode_graph(feed: Callable, device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def decode_only(source: Source, size: int, threads: int, device: torch.device) -> Opened:
-    """The limit: JPEGs to pixels by DALI's decoder, and nothing else."""
+    """The limit: DALI's decoder turns JPEGs into pixels, and nothing else happens."""
     at = 0
 
     def feed() -> list[TensorCPU]:
@@ -148,7 +148,7 @@ def pil_dataset(folder: Path, size: int) -> ImageFolder:
 def loader(
     source: Source, size: int, threads: int, device: torch.device, *, make: Callable, labels: bool = False
 ) -> Opened:
-    """torch's DataLoader with `threads` worker processes. Drawing without end spares it the gap between epochs."""
+    """torch's DataLoader with `threads` worker processes. It draws without end, so there is no gap between epochs."""
     images = make(source.folder, size)
     batches = DataLoader(
         images,
@@ -173,7 +173,7 @@ def _one_thread(_: int) -> None:
 
 @contextlib.contextmanager
 def ffcv(source: Source, size: int, threads: int, device: torch.device) -> Opened:
-    """FFCV over its own file of the same JPEGs, without decoding anew while writing."""
+    """FFCV over its own file of the same JPEGs, which are copied into it undecoded."""
     from ffcv.fields import IntField, RGBImageField  # not on every machine
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -228,7 +228,7 @@ def providers(device: torch.device) -> dict[str, Callable[..., contextlib.Abstra
 
 
 def check(take: Take, source: Source, size: int, device: torch.device) -> str:
-    """A batch of finite normalised images of the right shape on the right device, or what is wrong with it."""
+    """What is wrong with a batch: shape, device, values that are not finite or not normalised; "" if nothing is."""
     batch = take()
     x = batch[0] if isinstance(batch, tuple) else batch
     if x.shape not in ((source.batch, 3, size, size), (source.batch, size, size, 3)):
@@ -270,7 +270,7 @@ def measure(
 
 
 def timed(take: Take, prepared: int, batches: int) -> harness.Candidate:
-    """Takes out what was `prepared` meanwhile, measures `batches`, and lets the provider prepare as many again."""
+    """Takes the batches `prepared` meanwhile, measures `batches`, and lets the provider prepare as many again."""
 
     def run(laps: Laps) -> None:
         for _ in range(prepared):
@@ -280,7 +280,7 @@ def timed(take: Take, prepared: int, batches: int) -> harness.Candidate:
         for _ in range(batches):
             take()
         laps("batches")
-        # Its queues fill up while nobody else is measured.
+        # Its queues fill up now, and not while another provider is measured.
         time.sleep(1.5 * prepared * (time.perf_counter() - began) / batches)
 
     return run

@@ -1,9 +1,9 @@
-"""Draws the benchmarks' figures, as PNG and SVG, from the CSVs alone.
+"""Draws the figures of the benchmarks, as PNG and SVG, from their CSVs alone.
 
     python -m benchmarks.plot [--quick] [DIRECTORY ...]     default: every directory of benchmarks/results
 
-Bars are medians; the thin line on a bar spans the 20th to the 80th percentile. Bars differ by grey and hatching,
-not by colour.
+Bars are medians; the thin line on a bar spans the 20th to the 80th percentile. Bars differ in grey and hatching, not in
+colour.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What do checkpoints cost the training loop?  python -m benchmarks.saving  (about 2 minutes on two cores)
 
-The same steps (LSTM network, full phase, 64 px, one resident batch), once with a checkpoint saved at their start and
-once without, in turns; and the same with a save that the loop waits for. Writes saving.json: milliseconds that a save
-adds, and what share of the time that is at the default of --checkpoint-every.
+The same steps (LSTM network, full phase, 64 px, one resident batch) take turns: without a checkpoint, with one saved in
+the background at their start, and with one that the loop waits for. Writes saving.json: the milliseconds that a save
+adds, and their share of the time at the default of --checkpoint-every.
 """
 
 from __future__ import annotations

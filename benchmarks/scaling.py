@@ -1,13 +1,13 @@
-"""How a training step should scale past one machine: a model, nothing in it is measured.
+"""How a training step should scale past one machine: a model, in which nothing is measured.
 
     python -m benchmarks.scaling [--images-per-s 5000] [--least-step-ms 4]
 
-A step is the larger of what the images need at one GPU's rate and the shortest step that launching its kernels allows,
-plus the part of the gradients' sums that backward does not hide. Gradients are float32, in DistributedDataParallel's
-buckets (1 MiB, then 25 MiB, from the last layer to the first); a bucket's sum starts when backward has passed its
-layers, taken as proportional to parameters, and the sum of the bucket before has ended. A sum over n nodes of g GPUs
-is a reduce-scatter and an all-gather in the node, 2 (g-1)/g bytes over a GPU's NVLink, and between them a ring over
-the nodes of 2 (n-1)/n of the node's share over each of its network cards (the accounting of nccl-tests,
+A step takes as long as its images need at one GPU's rate, or as long as launching its kernels takes if that is longer,
+plus the part of the gradients' sums that the backward pass does not hide. Gradients are float32, in the buckets of
+DistributedDataParallel (1 MiB, then 25 MiB, from the last layer to the first). A bucket's sum starts when backward has
+passed its layers (time taken as proportional to parameters) and the previous bucket's sum has ended. A sum over n nodes
+of g GPUs is a reduce-scatter and an all-gather in the node, 2 (g-1)/g bytes over a GPU's NVLink, and between them a
+ring over the nodes of 2 (n-1)/n of the node's share over each of its network cards (the accounting of nccl-tests,
 doc/PERFORMANCE.md), plus 2 (g-1) hops in the node and 2 log2(n) between nodes, as in a tree (Thakur, Rabenseifner and
 Gropp 2005, sections 4.4 and 4.5).
 """
@@ -31,7 +31,7 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 @dataclass(frozen=True)
 class Cluster:
-    """Bytes a second and direction, and seconds a hop: the links' nominal rates times 0.8, for what protocols take."""
+    """Bytes a second in each direction, and seconds a hop. Rates are 0.8 of the nominal ones, for protocol overhead."""
 
     name: str
     nvlink: float

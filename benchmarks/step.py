@@ -1,11 +1,11 @@
-"""How fast is a whole training step, where does its time go, and how near is it to what it could be?
+"""How fast is a whole training step, where does its time go, and how close is it to its limit?
 
     python -m benchmarks.step [--quick] [--data SET]
 
-Both networks, in both phases, take turns: steps of a real epoch; the same steps on one batch that stays where it
-is, the limit; and the network as one would write it down first (torchvision's DataLoader over PIL images, NCHW,
-float32, an nn.LSTM per group, gradients for all parameters). Then where the time of an epoch's step goes, from
-torch.profiler's record of its ranges, and weak scaling over ranks with train.py itself.
+For both networks in both phases, these take turns: steps of a real epoch; the same steps on one resident batch, which
+is the limit; and the network written plainly (a DataLoader over PIL images, NCHW, float32, an nn.LSTM per group,
+gradients for all parameters). Then it says where the time of an epoch's step goes, from a trace of torch.profiler, and
+measures weak scaling over ranks with train.py itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantit
 
 
 class Resident:
-    """A stream that gives the same batch again and again."""
+    """A stream that always gives the same batch."""
 
     def __init__(self, batch: Batch, steps_per_epoch: int) -> None:
         self.batch, self.steps_per_epoch = batch, steps_per_epoch
@@ -67,7 +67,7 @@ def make_trainer(config: Config, phase: str, data: PreparedSet, stream: Any, run
 def in_turn(
     step: Callable[[], None], take: Callable[[], Any], prepared: int, steps: int
 ) -> harness.Candidate:
-    """`steps` measured, after taking out what the stream had `prepared`; then it may prepare as many again."""
+    """Takes the batches that the stream has `prepared`, measures `steps`, and lets it prepare as many again."""
     for _ in range(prepared):
         take()
     began = time.perf_counter()
@@ -91,7 +91,7 @@ def in_turn(
 def measure(
     table: Table, data: PreparedSet, source: Source, case: dict[str, Any], runtime: Runtime, *, seconds: float
 ) -> None:
-    """One network in one phase: epoch, limit and, where everything trains, the plain way."""
+    """One network in one phase: epoch, limit and, if everything trains, written plainly."""
     size, batch, threads = case["image_size"], case["batch"], case["threads"]
     print(f"{case['network']}, phase {case['phase']}, {size} px, batch {batch}, {threads} threads")
     config = replace(
@@ -138,7 +138,7 @@ def measure(
 
 
 def frozen_over_full(table: Table) -> None:
-    """How many times as fast the frozen phase is, from the medians of the epochs' steps."""
+    """How many times as fast the frozen phase is, by the medians of the epochs' steps."""
     pace = {
         (row["network"], row["image_size"], row["phase"]): (float(row["p50"]), row)
         for row in table.rows
@@ -152,7 +152,7 @@ def frozen_over_full(table: Table) -> None:
 
 
 def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
-    """Weak scaling: images/s of train.py with as many images a rank, one thread a rank on the CPU."""
+    """Weak scaling: images/s of train.py with the same number of images a rank, on the CPU with one thread a rank."""
     cuda = torch.cuda.is_available()
     most = torch.cuda.device_count() if cuda else threads
     counts = [n for n in (1, 2, 4, 8) if n <= most]
