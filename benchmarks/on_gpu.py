@@ -7,8 +7,9 @@ the tests said (gpu-tests.txt), and gpu.json with each part's exit code and seco
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,9 +64,15 @@ def run_parts(parts: Mapping[str, tuple[list[str], float]], logs: Path) -> dict[
         print(f"{name} ...", file=sys.stderr, flush=True)
         began = time.monotonic()
         code: int | None = None
-        with (logs / f"gpu-{name}.txt").open("wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            line = [sys.executable, "-m", *words]
-            code = subprocess.run(line, timeout=seconds, stdout=log, stderr=subprocess.STDOUT).returncode
+        line = [sys.executable, "-m", *words]
+        with (
+            (logs / f"gpu-{name}.txt").open("wb") as log,
+            subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process,
+        ):
+            try:
+                code = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with the workers that it has started
         outcome[name] = {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
     return outcome
 
