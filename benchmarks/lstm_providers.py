@@ -273,32 +273,24 @@ def providers(p: Problem, *, quick: bool) -> dict[str, Callable[[Problem], Provi
 
 def fused_recurrent(p: Problem) -> Provider:
     """The two recurrent launches by themselves, over buffers of the right shape (forward overwrites its gates)."""
-    from fastnet_kernels import fused, launch  # needs triton
+    from fastnet_kernels import launch  # needs triton
 
     plans = launch.plans_for(p.features[0], p.stages, save=True)
-    rows = launch.padded_batch(p.batch)
-    size = launch.sizes(plans, rows)
+    size = launch.sizes(plans, launch.padded_batch(p.batch))
     gates, dgates = (torch.randn(size.gates, device=p.device).to(p.dtype) for _ in range(2))
     h = torch.empty(size.states, dtype=p.dtype, device=p.device)
     c = torch.empty(size.states, device=p.device)
     dh, dc = (torch.empty(size.carry, device=p.device) for _ in range(2))
     out = torch.empty(p.batch, plans[0].outputs, dtype=p.dtype, device=p.device)
     with torch.no_grad():
-        packed = [launch.pack(w, plan, p.dtype)[1] for w, plan in zip(p.module.weights(), plans, strict=True)]
-    w_hh = torch.cat([w.flatten() for w in packed])
-    grid = (sum(s.groups for s in p.stages) * (rows // launch.BATCH_TILE),)
-    common = {"PLANS": plans, "R": launch.BATCH_TILE}
+        packed = launch.pack(p.module.weights(), plans, p.dtype)
 
     def forward() -> Tensor:
-        options = launch.recurrent_options(p.dtype, forward=True)
-        fused.forward_kernel[grid](
-            gates, h, c, w_hh, out, p.batch, **common, STATES=True, GATES=True, **options
-        )
+        launch.recurrent_forward(gates, h, c, packed, out, plans, states=True, keep_gates=True)
         return out
 
     def backward(_: Tensor) -> None:
-        options = launch.recurrent_options(p.dtype, forward=False)
-        fused.backward_kernel[grid](gates, c, w_hh, p.dout, dgates, dh, dc, p.batch, **common, **options)
+        launch.recurrent_backward(gates, c, packed, p.dout, dgates, dh, dc, plans)
 
     return Provider(forward, [], backward=backward)
 

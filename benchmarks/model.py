@@ -21,7 +21,16 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from fastnet_kernels import ChannelGroupLSTM, Stage, fused, gemm, launch, plan
+from fastnet_kernels import (
+    ChannelGroupLSTM,
+    Stage,
+    fused_backward,
+    fused_forward,
+    gemm,
+    launch,
+    packing,
+    plan,
+)
 from ptxrun import cross_compile, execute_ptx
 
 STAGES = {"conv4": Stage(4, 64, 196), "conv5": Stage(8, 64, 49)}  # the paper's
@@ -60,10 +69,10 @@ def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
     module = ChannelGroupLSTM([(1, steps, hidden)])
     x = torch.randn(batch, hidden, 1, steps).to(DTYPE).permute(0, 3, 1, 2)  # [B, T, H, 1] channels_last
     dout = torch.randn(batch, hidden).to(DTYPE)
-    with torch.no_grad(), execute_ptx(fused, gemm) as runs:
+    with torch.no_grad(), execute_ptx(packing, gemm, fused_forward, fused_backward) as runs:
         given = ([x], module.weights(), module.stages)
-        _, gates, h, c = launch.forward(*given, save=True, recompute=False)
-        launch.backward(dout, *given, gates, h, c, needs_dx=True)
+        _, *saved = launch.forward(*given, save=True, recompute=False)
+        launch.backward(dout, *given, *saved, needs_dx=True)
     counts: dict[str, Counter[str]] = {}
     for kernel, launches in runs.items():
         counts[kernel] = Counter()
@@ -147,12 +156,14 @@ def bound(
 def static(arch: int) -> dict[str, dict[str, int]]:
     """Registers a thread, bytes of shared memory and instructions in the code of the recurrent kernels."""
     plans = plan.plan(tuple(STAGES.values()), DTYPE, arch, save=True)
-    kinds = dict.fromkeys(("gates", "h", "w", "out", "dout", "dgates"), DTYPE) | dict.fromkeys(
-        ("c", "dh", "dc"), torch.float32
-    )
+    kernels = {
+        "forward_kernel": fused_forward.forward_kernel,
+        "backward_kernel": fused_backward.backward_kernel,
+    }
+    kinds = dict.fromkeys(("gates", "h", "packed", "out", "dout", "dgates"), DTYPE)
+    kinds |= dict.fromkeys(("c", "dh", "dc"), torch.float32)
     found = {}
-    for name in RECURRENT:
-        kernel = getattr(fused, name)
+    for name, kernel in kernels.items():
         constants: dict[str, Any] = {"PLANS": plans, "R": plan.BATCH_TILE}
         if name == "forward_kernel":
             constants |= {"STATES": True, "GATES": True}

@@ -93,6 +93,6 @@ def lstm_backend(config: Config, device: torch.device, dtype: torch.dtype) -> st
         return "none"
     try:
         largest = max(hidden for _, _, hidden in config.lstm_stages)
-        return op.choose(config.backend, device.type, dtype, largest)
+        return op.choose(config.backend, device, dtype, largest)
     except RuntimeError as error:
         raise InputError(f"--backend {config.backend}: {error}") from error

@@ -10,22 +10,29 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from . import fused, gemm
+from . import fused_backward, fused_forward, gemm, packing
 from .naive import Stage, Weights
-from .plan import BATCH_TILE, Plan, pack, padded_batch, plans_for, sizes, unpack
+from .plan import BATCH_TILE, Plan, padded_batch, plans_for, sizes
 
+_PACK = 32  # inputs in a tile of packing and unpacking
 _PARTS = 16  # at most so many partial sums of a weight gradient, each over at least so many rows:
 _PART_ROWS = 1024
 
 
-def gemm_tiles(dtype: torch.dtype, p: Plan) -> dict[str, Any]:
-    """Rows and K of a GEMM tile and how to run it; float32 runs on the FMA units, in smaller tiles."""
+def gemm_tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Rows of a GEMM tile, the most of K in one, and how to run it; float32 runs on the FMA units, in smaller tiles."""
     if dtype == torch.float32:
-        return {"ROWS": 32, "BK": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 192}
-    return {"ROWS": 128, "BK": min(32, p.padded), "num_warps": 8, "num_stages": 3, "maxnreg": 192}
+        return {"ROWS": 32, "MOST": 16, "num_warps": 8, "num_stages": 2, "maxnreg": 192}
+    return {"ROWS": 128, "MOST": 32, "num_warps": 8, "num_stages": 3, "maxnreg": 192}
+
+
+def weight_gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
+    """The same for the weights' gradients, where rows are K; MOST is of positions."""
+    return gemm_tiles(dtype) | (
+        {"ROWS": 16, "MOST": 32} if dtype == torch.float32 else {"ROWS": 32, "MOST": 64}
+    )
 
 
 def recurrent_options(dtype: torch.dtype, *, forward: bool) -> dict[str, int]:
@@ -38,12 +45,6 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _stage_slices(buffer: Tensor, plans: Sequence[Plan], batch: int, what: str) -> list[Tensor]:
-    """Each stage's part of a flat buffer, from its beginning."""
-    bp = padded_batch(batch)
-    return [buffer[getattr(p, what) * bp :] for p in plans]
-
-
 def forward(
     features: Sequence[Tensor],
     weights: Sequence[Weights],
@@ -51,48 +52,33 @@ def forward(
     *,
     save: bool,
     recompute: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output and what backward needs.
 
     Args:
         features: per stage [B, G*T, h, w] channels_last, all in the dtype of the computation.
-        save: keep gates, h and c for backward, without the gates if `recompute`.
+        save: keep the packed weights, gates, h and c for backward, without the gates if `recompute`.
 
     Returns:
-        out [B, sum(G*H)], gates, h (both flat, dtype of the features), c (flat, float32); what is not kept is empty.
+        out [B, sum(G*H)], packed weights, gates, h (all flat, dtype of the features), c (flat, float32); what is not
+        kept is empty.
     """
     x = features[0]
     batch, bp = x.shape[0], padded_batch(x.shape[0])
     plans = plans_for(x, stages, save=save)
     size = sizes(plans, bp)
+    out = x.new_empty(batch, plans[0].outputs)
     gates = x.new_empty(size.gates)
     h = x.new_empty(size.states)
     c = x.new_empty(size.states, dtype=torch.float32)
-    out = x.new_empty(batch, plans[0].outputs)
+    keep_gates = save and not recompute
     with on_device(x):
-        packed = [pack(w, p, x.dtype) for w, p in zip(weights, plans, strict=True)]
-        for feature, (w_ih, w_hh, bias), p, part in zip(
-            features, packed, plans, _stage_slices(gates, plans, batch, "gates_at"), strict=True
-        ):
-            _project(feature, w_ih, bias, part, w_hh, part, p, recompute=False)
-        w_hh = torch.cat([hh.flatten() for _, hh, _ in packed])
-        grid = (sum(p.groups for p in plans) * (bp // BATCH_TILE),)
-        keep_gates = save and not recompute
-        fused.forward_kernel[grid](
-            gates,
-            h,
-            c,
-            w_hh,
-            out,
-            batch,
-            PLANS=plans,
-            STATES=save,
-            GATES=keep_gates,
-            R=BATCH_TILE,
-            **recurrent_options(x.dtype, forward=True),
-        )
+        packed = pack(weights, plans, x.dtype)
+        _project(features, packed, weights, h, gates, plans, recompute=False)
+        recurrent_forward(gates, h, c, packed, out, plans, states=save, keep_gates=keep_gates)
     return (
         out,
+        packed if save else x.new_empty(0),
         gates if keep_gates else x.new_empty(0),
         h if save else x.new_empty(0),
         c if save else x.new_empty(0, dtype=torch.float32),
@@ -104,6 +90,7 @@ def backward(
     features: Sequence[Tensor],
     weights: Sequence[Weights],
     stages: Sequence[Stage],
+    packed: Tensor,
     gates: Tensor,
     h: Tensor,
     c: Tensor,
@@ -112,86 +99,180 @@ def backward(
 ) -> tuple[list[Tensor], list[Weights]]:
     """Gradients of the features (none unless `needs_dx`) and of the weights, each in its own dtype."""
     x = features[0]
-    batch, bp = x.shape[0], padded_batch(x.shape[0])
+    bp = padded_batch(x.shape[0])
     plans = plans_for(x, stages, save=True)
     size = sizes(plans, bp)
     with on_device(x):
-        packed = [pack(w, p, x.dtype) for w, p in zip(weights, plans, strict=True)]
-        h_parts = _stage_slices(h, plans, batch, "states_at")
         if gates.numel() == 0:
             gates = x.new_empty(size.gates)
-            parts = _stage_slices(gates, plans, batch, "gates_at")
-            for feature, (w_ih, w_hh, bias), p, part, h_part in zip(
-                features, packed, plans, parts, h_parts, strict=True
-            ):
-                _project(feature, w_ih, bias, h_part, w_hh, part, p, recompute=True)
+            _project(features, packed, weights, h, gates, plans, recompute=True)
         dgates = torch.empty_like(gates)
         dh, dc = (x.new_empty(size.carry, dtype=torch.float32) for _ in range(2))
-        w_hh = torch.cat([hh.flatten() for _, hh, _ in packed])
-        grid = (sum(p.groups for p in plans) * (bp // BATCH_TILE),)
-        fused.backward_kernel[grid](
-            gates,
-            c,
-            w_hh,
-            dout.contiguous(),
-            dgates,
-            dh,
-            dc,
-            batch,
-            PLANS=plans,
-            R=BATCH_TILE,
-            **recurrent_options(x.dtype, forward=False),
-        )
-        d_parts = _stage_slices(dgates, plans, batch, "gates_at")
-        d_weights = [
-            _weight_gradients(f, h_part, d, w, p)
-            for f, h_part, d, w, p in zip(features, h_parts, d_parts, weights, plans, strict=True)
-        ]
-        d_features = []
-        if needs_dx:
-            for f, (w_ih, _, _), d, p in zip(features, packed, d_parts, plans, strict=True):
-                d_features.append(_input_gradient(f, w_ih, d, p))
+        recurrent_backward(gates, c, packed, dout.contiguous(), dgates, dh, dc, plans)
+        d_weights = _weight_gradients(features, h, dgates, weights, plans)
+        d_features = _input_gradients(features, packed, dgates, plans) if needs_dx else []
     return d_features, d_weights
 
 
-def _project(
-    x: Tensor, w_ih: Tensor, bias: Tensor, h: Tensor, w_hh: Tensor, gates: Tensor, p: Plan, *, recompute: bool
+def pack(weights: Sequence[Weights], plans: tuple[Plan, ...], dtype: torch.dtype) -> Tensor:
+    """The weights of all stages in one flat buffer, as plan.py lays them out."""
+    packed = weights[0].ih.new_empty(sizes(plans, 0).weights, dtype=dtype)
+    packing.pack_kernel[(sum(_blocks(p.padded, _PACK) * p.chunks * p.groups * 2 for p in plans),)](
+        ih=tuple(w.ih.contiguous() for w in weights),
+        hh=tuple(w.hh.contiguous() for w in weights),
+        packed=packed,
+        PLANS=plans,
+        BK=_PACK,
+        num_warps=4,
+    )
+    return packed
+
+
+def unpack(partial: Tensor, gradients: Sequence[Weights], plans: tuple[Plan, ...], parts: int) -> None:
+    """Adds up the `parts` partial sums of each stage into its `gradients`, which are laid out as nn.LSTM's."""
+    d_ih, d_hh, d_bias_ih, d_bias_hh = zip(*gradients, strict=True)
+    packing.unpack_kernel[(sum(_blocks(p.hidden, _PACK) * p.chunks * p.groups * 2 for p in plans),)](
+        partial=partial,
+        d_ih=d_ih,
+        d_hh=d_hh,
+        d_bias_ih=d_bias_ih,
+        d_bias_hh=d_bias_hh,
+        parts=parts,
+        PLANS=plans,
+        BK=_PACK,
+        num_warps=4,
+    )
+
+
+def recurrent_forward(
+    gates: Tensor,
+    h: Tensor,
+    c: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    plans: tuple[Plan, ...],
+    *,
+    states: bool,
+    keep_gates: bool,
 ) -> None:
-    batch, bp, tiles = x.shape[0], padded_batch(x.shape[0]), gemm_tiles(x.dtype, p)
-    grid = (triton.cdiv(bp * p.steps, tiles["ROWS"]) * p.chunks * p.groups,)
-    gemm.project_kernel[grid](x, w_ih, bias, h, w_hh, gates, batch, bp, P=p, RECOMPUTE=recompute, **tiles)
+    batch = out.shape[0]
+    fused_forward.forward_kernel[_recurrent_grid(plans, batch)](
+        gates=gates,
+        h=h,
+        c=c,
+        packed=packed,
+        out=out,
+        batch=batch,
+        PLANS=plans,
+        STATES=states,
+        GATES=keep_gates,
+        R=BATCH_TILE,
+        **recurrent_options(h.dtype, forward=True),
+    )
 
 
-def _input_gradient(x: Tensor, w_ih: Tensor, dgates: Tensor, p: Plan) -> Tensor:
-    batch, tiles = x.shape[0], gemm_tiles(x.dtype, p)
-    block = min(64, triton.next_power_of_2(max(p.hidden, 16)))
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
-    grid = (triton.cdiv(batch * p.steps, tiles["ROWS"]) * p.groups * triton.cdiv(p.hidden, block),)
-    gemm.input_gradient_kernel[grid](dgates, w_ih, dx, batch, padded_batch(batch), P=p, BN=block, **tiles)
+def recurrent_backward(
+    gates: Tensor,
+    c: Tensor,
+    packed: Tensor,
+    dout: Tensor,
+    dgates: Tensor,
+    dh: Tensor,
+    dc: Tensor,
+    plans: tuple[Plan, ...],
+) -> None:
+    batch = dout.shape[0]
+    fused_backward.backward_kernel[_recurrent_grid(plans, batch)](
+        gates=gates,
+        c=c,
+        packed=packed,
+        dout=dout,
+        dgates=dgates,
+        dh=dh,
+        dc=dc,
+        batch=batch,
+        PLANS=plans,
+        R=BATCH_TILE,
+        **recurrent_options(gates.dtype, forward=False),
+    )
+
+
+def _recurrent_grid(plans: Sequence[Plan], batch: int) -> tuple[int]:
+    return (sum(p.groups for p in plans) * (padded_batch(batch) // BATCH_TILE),)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _project(
+    features: Sequence[Tensor],
+    packed: Tensor,
+    weights: Sequence[Weights],
+    h: Tensor,
+    gates: Tensor,
+    plans: tuple[Plan, ...],
+    *,
+    recompute: bool,
+) -> None:
+    batch, tiles = features[0].shape[0], gemm_tiles(packed.dtype)
+    bp, rows = padded_batch(batch), tiles["ROWS"]
+    gemm.project_kernel[(sum(_blocks(bp * p.steps, rows) * p.chunks * p.groups for p in plans),)](
+        x=tuple(features),
+        packed=packed,
+        bias_ih=tuple(w.bias_ih.contiguous() for w in weights),
+        bias_hh=tuple(w.bias_hh.contiguous() for w in weights),
+        h=h,
+        gates=gates,
+        batch=batch,
+        padded_batch=bp,
+        PLANS=plans,
+        RECOMPUTE=recompute,
+        **tiles,
+    )
+
+
+def _input_gradients(
+    features: Sequence[Tensor], packed: Tensor, dgates: Tensor, plans: tuple[Plan, ...]
+) -> list[Tensor]:
+    batch, tiles = features[0].shape[0], gemm_tiles(packed.dtype)
+    dx = [torch.empty_like(f, memory_format=torch.channels_last) for f in features]
+    programs = (
+        _blocks(batch * p.steps, tiles["ROWS"]) * p.groups * _blocks(p.hidden, p.positions) for p in plans
+    )
+    gemm.input_gradient_kernel[(sum(programs),)](
+        dgates=dgates,
+        packed=packed,
+        dx=tuple(dx),
+        batch=batch,
+        padded_batch=padded_batch(batch),
+        PLANS=plans,
+        **tiles,
+    )
     return dx
 
 
-def _weight_gradients(x: Tensor, h: Tensor, dgates: Tensor, weights: Weights, p: Plan) -> Weights:
-    batch, bp = x.shape[0], padded_batch(x.shape[0])
-    tile = gemm_tiles(x.dtype, p) | {"ROWS": 16 if x.dtype == torch.float32 else 32}
-    tile["BK"] = min(32 if x.dtype == torch.float32 else 64, triton.next_power_of_2(max(p.hidden, 16)))
-    rows = triton.cdiv(bp * p.steps, tile["ROWS"])
-    parts = max(1, min(_PARTS, bp * p.steps // _PART_ROWS))
-    grid = (triton.cdiv(p.hidden, tile["BK"]) * p.chunks * p.groups * parts,)
-    result = []
-    for source, hidden in ((x, False), (h, True)):
-        partial = x.new_empty(parts, p.groups, 4 * p.padded, p.hidden, dtype=torch.float32)
-        gemm.weight_gradient_kernel[grid](
-            dgates, source, partial, batch, bp, triton.cdiv(rows, parts), P=p, HIDDEN=hidden, **tile
-        )
-        result.append(unpack(partial.sum(0), p))
-    d = dgates[: p.groups * p.steps * bp * 4 * p.padded].view(p.groups, p.steps, bp, 4 * p.padded)
-    bias = unpack(d.sum((1, 2), dtype=torch.float32)[..., None], p)[..., 0]
-    d_ih, d_hh = result
-    # A tensor of its own for each bias: the outputs of an operator may not share memory.
-    return Weights(
-        d_ih.to(weights.ih.dtype),
-        d_hh.to(weights.hh.dtype),
-        bias.to(weights.bias_ih.dtype),
-        bias.to(weights.bias_hh.dtype, copy=True),
+def _weight_gradients(
+    features: Sequence[Tensor], h: Tensor, dgates: Tensor, weights: Sequence[Weights], plans: tuple[Plan, ...]
+) -> list[Weights]:
+    batch, tiles = features[0].shape[0], weight_gradient_tiles(h.dtype)
+    bp, most = padded_batch(batch), tiles["MOST"]
+    parts = max(1, min(_PARTS, bp * max(p.steps for p in plans) // _PART_ROWS))
+    partial = h.new_empty(parts * sizes(plans, 0).partial, dtype=torch.float32)
+    programs = (_blocks(p.hidden, min(p.positions, most)) * p.chunks * p.groups * parts for p in plans)
+    gemm.weight_gradient_kernel[(2 * sum(programs),)](
+        dgates=dgates,
+        x=tuple(features),
+        h=h,
+        partial=partial,
+        batch=batch,
+        padded_batch=bp,
+        parts=parts,
+        PLANS=plans,
+        **tiles,
     )
+    gradients = [
+        Weights(*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in w)) for w in weights
+    ]
+    unpack(partial, gradients, plans, parts)
+    return gradients

@@ -70,14 +70,9 @@ class ChannelGroupLSTM(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Per stage [B, groups*seq_len, h, w] (channels_last, h*w == hidden) -> [B, sum(groups*hidden)]."""
-        op.check(features, self.weights(), self.stages)
-        largest = max(s.hidden for s in self.stages)
-        self.backend_used = op.choose(
-            self.backend, features[0].device.type, op.compute_dtype(features[0]), largest
-        )
-        return op.channel_group_lstm(
-            features, self.weights(), self.stages, backend=self.backend_used, recompute=self.recompute
-        )
+        weights = self.weights()
+        used = self.backend_used = op.select(features, weights, self.stages, self.backend)
+        return op.compute(features, weights, self.stages, backend=used, recompute=self.recompute)
 
     @torch.no_grad()
     def load_lstms(self, lstms: Sequence[nn.LSTM]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .naive import Stage, Weights, naive
-from .plan import padded_batch, plans_for, sizes
+from .plan import architecture, padded_batch, plans_for, sizes
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -54,13 +53,32 @@ def channel_group_lstm(
         ValueError: shapes, dtypes or devices that do not fit, an unknown backend.
         RuntimeError: the backend asked for cannot run here.
     """
+    used = select(features, weights, stages, backend)
+    return compute(features, weights, stages, backend=used, recompute=recompute)
+
+
+def select(
+    features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequence[Stage], backend: Backend
+) -> Backend:
+    """The backend that computes this call. Raises what channel_group_lstm does."""
     check(features, weights, stages)
-    device = features[0].device.type
+    x = features[0]
+    return choose(backend, x.device, compute_dtype(x), max(s.hidden for s in stages))
+
+
+def compute(
+    features: Sequence[Tensor],
+    weights: Sequence[Weights],
+    stages: Sequence[Stage],
+    *,
+    backend: Backend,
+    recompute: bool,
+) -> Tensor:
+    """channel_group_lstm by a backend that `select` gave for these arguments."""
     dtype = compute_dtype(features[0])
-    used = choose(backend, device, dtype, max(s.hidden for s in stages))
     cast = [f.to(dtype) for f in features]
-    if used == "torch":
-        with torch.autocast(device, enabled=False):
+    if backend == "torch":
+        with torch.autocast(features[0].device.type, enabled=False):
             return _torch(cast, weights, stages)
     flat = [p for w in weights for p in w]
     numbers = [n for s in stages for n in s]
@@ -91,7 +109,7 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: Backend, device: str, dtype: torch.dtype, hidden: int) -> Backend:
+def choose(backend: Backend, device: torch.device, dtype: torch.dtype, hidden: int) -> Backend:
     """The backend that runs on `device` for LSTMs of up to `hidden` units; what auto picks is said once on stderr."""
     global _announced
     if backend not in get_args(Backend):
@@ -103,15 +121,14 @@ def choose(backend: Backend, device: str, dtype: torch.dtype, hidden: int) -> Ba
         if obstacle:
             raise RuntimeError(f"backend='triton' cannot run: {obstacle}")
         return "triton"
-    used: Backend = "triton" if device == "cuda" and not obstacle else "torch"
+    used: Backend = "triton" if device.type == "cuda" and not obstacle else "torch"
     if not _announced and os.environ.get("RANK", "0") == "0":
         _announced = True
         print(f"channel-group LSTM: backend {used}{f' ({obstacle})' if obstacle else ''}", file=sys.stderr)
     return used
 
 
-@cache
-def _obstacle(device: str, dtype: torch.dtype, hidden: int) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """Why the Triton kernels cannot run on `device`, if so."""
     try:
         import triton
@@ -121,16 +138,16 @@ def _obstacle(device: str, dtype: torch.dtype, hidden: int) -> str | None:
         return f"{dtype} is not float32, float16 or bfloat16"
     if hidden > LARGEST_HIDDEN:
         return f"{hidden} hidden units, the kernels take up to {LARGEST_HIDDEN}"
-    if device == "cpu":
+    if device.type == "cpu":
         return (
             None
             if triton.knobs.runtime.interpret
             else "CPU tensors run in Triton's interpreter only, TRITON_INTERPRET=1"
         )
-    if device != "cuda":
-        return f"there are no kernels for {device} tensors"
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} tensors"
+    if architecture(device) < 80:
+        return f"{device} is older than compute capability 8.0"
     return None
 
 
@@ -185,7 +202,7 @@ def _channels_last(features: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("fastnet::channel_group_lstm", mutates_args=())
 def _forward(
     features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """stages: (groups, seq_len, hidden) one after the other. Returns what launch.forward does."""
     return _kernels().forward(
         _channels_last(features), _weights(weights), _stages(stages), save=save, recompute=recompute
@@ -195,12 +212,13 @@ def _forward(
 @_forward.register_fake
 def _(
     features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, batch = features[0], features[0].shape[0]
     plans = plans_for(x, _stages(stages), save=save)
     size = sizes(plans, padded_batch(batch))
     return (
         x.new_empty(batch, plans[0].outputs),
+        x.new_empty(size.weights if save else 0),
         x.new_empty(size.gates if save and not recompute else 0),
         x.new_empty(size.states if save else 0),
         x.new_empty(size.states if save else 0, dtype=torch.float32),
@@ -209,20 +227,28 @@ def _(
 
 @torch.library.custom_op("fastnet::channel_group_lstm_backward", mutates_args=())
 def _backward(
-    dout: Tensor, features: list[Tensor], weights: list[Tensor], gates: Tensor, h: Tensor, c: Tensor,
-    stages: list[int], needs_dx: bool,
+    dout: Tensor, features: list[Tensor], weights: list[Tensor],
+    packed: Tensor, gates: Tensor, h: Tensor, c: Tensor, stages: list[int], needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the features, if needed, then of the weights."""
     d_features, d_weights = _kernels().backward(
-        dout, _channels_last(features), _weights(weights), _stages(stages), gates, h, c, needs_dx=needs_dx
+        dout,
+        _channels_last(features),
+        _weights(weights),
+        _stages(stages),
+        packed,
+        gates,
+        h,
+        c,
+        needs_dx=needs_dx,
     )
     return [*d_features, *(d for w in d_weights for d in w)]
 
 
 @_backward.register_fake
 def _(
-    dout: Tensor, features: list[Tensor], weights: list[Tensor], gates: Tensor, h: Tensor, c: Tensor,
-    stages: list[int], needs_dx: bool,
+    dout: Tensor, features: list[Tensor], weights: list[Tensor],
+    packed: Tensor, gates: Tensor, h: Tensor, c: Tensor, stages: list[int], needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     d_features = [torch.empty_like(f, memory_format=torch.channels_last) for f in features if needs_dx]
     return [*d_features, *(torch.empty_like(w, memory_format=torch.contiguous_format) for w in weights)]
@@ -233,6 +259,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.stages, ctx.n, ctx.save = stages, len(features), save
     ctx.save_for_backward(*features, *weights, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or backward fills zeros of the size of all that is saved
 
 
 def _gradient(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
@@ -240,10 +267,10 @@ def _gradient(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
         raise RuntimeError(
             "fastnet::channel_group_lstm was called with save=False and cannot be differentiated"
         )
-    *tensors, gates, h, c = ctx.saved_tensors
+    *tensors, packed, gates, h, c = ctx.saved_tensors
     features, weights = tensors[: ctx.n], tensors[ctx.n :]
     needs_dx = any(ctx.needs_input_grad[0])
-    gradients = _backward(dout, features, weights, gates, h, c, ctx.stages, needs_dx)
+    gradients = _backward(dout, features, weights, packed, gates, h, c, ctx.stages, needs_dx)
     split = ctx.n if needs_dx else 0
     return gradients[:split] if needs_dx else [None] * ctx.n, gradients[split:], None, None, None
 

@@ -8,13 +8,13 @@ Packed columns run over (chunk, gate, unit), so that a chunk's four gates lie to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .naive import Stage, Weights
+from .naive import Stage
 
 BATCH_TILE = 16  # rows of the batch per program, the M of one tensor-core instruction
 
@@ -30,8 +30,8 @@ class Tile(NamedTuple):
     mode: int
     units: int  # hidden units per chunk; 8 * warps keeps a unit's four gates in one warp
     block: int  # K per block of mode BLOCKED
-    forward_stages: int  # pipeline depth; in shared memory lie forward_stages - 1 tiles of W_hh
-    backward_stages: int
+    forward_depth: int  # of the software pipeline: depth - 1 tiles of W_hh lie in shared memory
+    backward_depth: int
 
 
 _LARGE_SHARED = (
@@ -51,12 +51,15 @@ _FLOAT32 = (Tile(16, BLOCKED, 16, 16, 2, 2), Tile(1024, BLOCKED, 32, 32, 2, 2))
 LAUNCH: dict[int, tuple[Tile, ...]] = {
     80: _LARGE_SHARED,
     86: _SMALL_SHARED,
+    87: _LARGE_SHARED,
     89: _SMALL_SHARED,
     90: _LARGE_SHARED,
     100: _LARGE_SHARED,
+    103: _LARGE_SHARED,
     120: _SMALL_SHARED,
 }
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # what one CUDA thread block may have
+# What one thread block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+SHARED_KB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 
 class Plan(NamedTuple):
@@ -68,32 +71,36 @@ class Plan(NamedTuple):
     mode: int
     units: int
     chunks: int
+    padded: int  # Hp
+    columns: int  # N
     block: int
-    forward_stages: int
-    backward_stages: int
+    forward_depth: int
+    backward_depth: int
     pieces: tuple[tuple[int, int], ...]  # (start, width) powers of two that cover K = H in the forward dots
     wide: tuple[tuple[int, int], ...]  # the same for the N = H of the backward dots, at least a chunk wide
+    positions: int  # of the map in a tile of a GEMM's result
     slots: int  # of h and c: T + 1 where backward needs them, else 2
     first_group: int
     gates_at: int  # elements per row of the batch before this stage's gates [G, T, Bp, 4*Hp]
     states_at: int  # the same for h and c [G, slots, Bp, Hp]
-    weights_at: int  # elements before this stage's packed W_hh [G, C, Hp, N]
-    carry_at: (
-        int  # elements per row before backward's dh and dc [G, Bp, Hp]; RESIDENT keeps them in registers
-    )
+    hidden_weights_at: int  # elements before this stage's packed W_hh [G, C, Hp, N]
+    input_weights_at: int  # and before its packed W_ih [G, S, 4*Hp]
+    partial_at: int  # elements per part before the partial sums of this stage's weight gradients, see gemm.py
+    carry_at: int  # elements per row before backward's dh and dc [G, Bp, Hp]; none if RESIDENT
     column: int  # of the output
     outputs: int  # columns of the output
-
-    @property
-    def padded(self) -> int:
-        return self.units * self.chunks
 
 
 def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
     """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB)."""
     table = _FLOAT32 if dtype == torch.float32 else LAUNCH.get(arch, _SMALL_SHARED)
+    return _plan(tuple(stages), table, save)
+
+
+@cache
+def _plan(stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool) -> tuple[Plan, ...]:
     plans: list[Plan] = []
-    group = gates = states = weights = carry = column = 0
+    group = gates = states = weights = partial = carry = column = 0
     outputs = sum(s.groups * s.hidden for s in stages)
     for groups, steps, hidden in stages:
         tile = next(row for row in table if hidden <= row.upto)
@@ -103,16 +110,37 @@ def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) 
         padded, slots = chunks * tile.units, steps + 1 if save else 2
         plans.append(
             Plan(
-                groups, steps, hidden, tile.mode, tile.units, chunks, tile.block,
-                tile.forward_stages, tile.backward_stages,
-                _powers_of_two(hidden, 16), _powers_of_two(hidden, tile.units), slots,
-                group, gates, states, weights, carry, column, outputs,
+                groups=groups,
+                steps=steps,
+                hidden=hidden,
+                mode=tile.mode,
+                units=tile.units,
+                chunks=chunks,
+                padded=padded,
+                columns=4 * tile.units,
+                block=tile.block,
+                forward_depth=tile.forward_depth,
+                backward_depth=tile.backward_depth,
+                pieces=_powers_of_two(hidden, 16),
+                wide=_powers_of_two(hidden, tile.units),
+                positions=min(64, 1 << (max(hidden, 16) - 1).bit_length()),
+                slots=slots,
+                first_group=group,
+                gates_at=gates,
+                states_at=states,
+                hidden_weights_at=weights,
+                input_weights_at=weights + groups * 4 * padded**2,
+                partial_at=partial,
+                carry_at=carry,
+                column=column,
+                outputs=outputs,
             )
-        )  # fmt: skip
+        )
         group += groups
         gates += groups * steps * 4 * padded
         states += groups * slots * padded
-        weights += groups * 4 * padded * padded
+        weights += groups * 4 * padded * (padded + hidden)
+        partial += groups * 4 * padded * (2 * hidden + 1)
         carry += 0 if tile.mode == RESIDENT else groups * padded
         column += groups * hidden
     return tuple(plans)
@@ -120,9 +148,19 @@ def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) 
 
 def architecture(device: torch.device) -> int:
     """10 * major + minor of a GPU; 80 where there is none (interpreter, fake tensors)."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return 80
-    major, minor = torch.cuda.get_device_capability(device)
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _capability(index)
+
+
+@cache
+def _capability(index: int) -> int:
+    if not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
@@ -145,48 +183,21 @@ def padded_batch(batch: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """Elements of the buffers of a call: gates, h and c each, packed W_hh, dh and dc each."""
+    """Elements of a call's buffers: gates, h and c each, packed weights, one part's partial sums, dh and dc each."""
 
     gates: int
     states: int
     weights: int
+    partial: int
     carry: int
 
 
 def sizes(plans: Sequence[Plan], bp: int) -> Sizes:
     p = plans[-1]
     return Sizes(
-        bp * (p.gates_at + p.groups * p.steps * 4 * p.padded),
-        bp * (p.states_at + p.groups * p.slots * p.padded),
-        p.weights_at + p.groups * 4 * p.padded**2,
-        bp * (p.carry_at + (0 if p.mode == RESIDENT else p.groups * p.padded)),
+        gates=bp * (p.gates_at + p.groups * p.steps * 4 * p.padded),
+        states=bp * (p.states_at + p.groups * p.slots * p.padded),
+        weights=p.input_weights_at + p.groups * p.hidden * 4 * p.padded,
+        partial=p.partial_at + p.groups * 4 * p.padded * (2 * p.hidden + 1),
+        carry=bp * (p.carry_at + (0 if p.mode == RESIDENT else p.groups * p.padded)),
     )
-
-
-def pack_columns(weight: Tensor, p: Plan) -> Tensor:
-    """[G, 4H, K] -> a view [G, K, C, 4, U] of it, padded with zero units."""
-    groups, _, k = weight.shape
-    w = F.pad(weight.view(groups, 4, p.hidden, k), (0, 0, 0, p.padded - p.hidden))
-    return w.view(groups, 4, p.chunks, p.units, k).permute(0, 4, 2, 1, 3)
-
-
-def pack(weights: Weights, p: Plan, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A stage's parameters as the kernels read them, every row a multiple of 16 bytes.
-
-    Returns:
-        W_ih [G, S, 4*Hp] and W_hh [G, C, Hp, N] in `dtype` (rows of W_hh beyond H are zero), the sum of the
-        biases [G, 4*Hp] in float32.
-    """
-    ih = weights.ih.new_empty(p.groups, p.hidden, p.chunks, 4, p.units, dtype=dtype)
-    ih.copy_(pack_columns(weights.ih, p))
-    hh = weights.hh.new_zeros(p.groups, p.chunks, p.padded, 4, p.units, dtype=dtype)
-    hh[:, :, : p.hidden].copy_(pack_columns(weights.hh, p).transpose(1, 2))
-    bias = (weights.bias_ih.float() + weights.bias_hh.float())[..., None]
-    return ih.flatten(2), hh.flatten(3), pack_columns(bias, p).flatten(1)
-
-
-def unpack(packed: Tensor, p: Plan) -> Tensor:
-    """[G, 4*Hp, K] in packed columns -> [G, 4H, K] in nn.LSTM's order."""
-    groups, _, k = packed.shape
-    w = packed.view(groups, p.chunks, 4, p.units, k).transpose(1, 2).reshape(groups, 4, p.padded, k)
-    return w[:, :, : p.hidden].reshape(groups, 4 * p.hidden, k)

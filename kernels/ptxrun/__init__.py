@@ -4,7 +4,7 @@ from ptxrun.compiled import Resources, cross_compile
 from ptxrun.errors import BarrierError, MemoryFault, PtxError
 from ptxrun.launch import launch
 from ptxrun.stats import Race, Stats
-from ptxrun.triton_glue import compile_triton, execute_ptx, run_triton
+from ptxrun.triton_glue import compile_triton, execute_ptx, launch_arguments, run_triton
 
 __all__ = [
     "BarrierError",
@@ -17,5 +17,6 @@ __all__ = [
     "cross_compile",
     "execute_ptx",
     "launch",
+    "launch_arguments",
     "run_triton",
 ]

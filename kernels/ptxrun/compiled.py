@@ -32,25 +32,37 @@ class Resources(NamedTuple):
 
 
 def cross_compile(
-    kernel: Any, arch: int, pointers: Mapping[str, torch.dtype], constants: Mapping[str, Any], **options: Any
+    kernel: Any,
+    arch: int,
+    pointers: Mapping[str, torch.dtype | tuple[torch.dtype, ...]],
+    constants: Mapping[str, Any],
+    **options: Any,
 ) -> Resources:
     """Compile for sm_`arch` as a launch with 16-byte aligned pointers and any sizes would.
 
     Args:
-        pointers: the element type of each argument that is a pointer; other arguments are 32-bit integers.
+        pointers: the element type of each argument that is a pointer, or those of a tuple of pointers; other arguments
+            are 32-bit integers.
         constants: the values of the constexpr arguments.
         options: Triton's: num_warps, num_stages, maxnreg.
     """
-    names = kernel.arg_names
-    signature = {
-        n: "constexpr" if n in constants else POINTERS[pointers[n]] if n in pointers else "i32" for n in names
-    }
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in pointers},
-    )
+    signature: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    for at, name in enumerate(kernel.arg_names):
+        kind = pointers.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+            constexprs[(at,)] = constants[name]
+        elif isinstance(kind, tuple):
+            signature[name] = tuple(POINTERS[one] for one in kind)
+            attrs |= {(at, n): [["tt.divisibility", 16]] for n in range(len(kind))}
+        elif kind is not None:
+            signature[name] = POINTERS[kind]
+            attrs[(at,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

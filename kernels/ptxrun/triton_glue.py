@@ -57,27 +57,39 @@ def run_triton(
     backend = make_backend(SM80)
     bind = create_function_from_signature(fn.signature, fn.params, backend)
     kwargs = {"debug": False, **{k: as_tensor(v) for k, v in kwargs.items()}}
-    bound, special, given = bind(*map(as_tensor, args), **kwargs)
-    options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, special, given)
+    bound, special, chosen = bind(*map(as_tensor, args), **kwargs)
+    options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, special, chosen)
     out = triton.compile(ASTSource(fn, signature, constexprs, attrs), target=SM80, options=options.__dict__)
-    names, meta = [n for n, t in signature.items() if t != "constexpr"], out.metadata
+    given, meta = launch_arguments(signature, bound), out.metadata
     stats = launch(
         out.asm["ptx"],
         grid(bound) if callable(grid) else grid,
-        [bound[n] for n in names],
+        list(given.values()),
         meta.num_warps,
         meta.shared,
         schedule=schedule,
         seed=seed,
         check_uninit=check_uninit,
         resident=resident,
-        names=names,
+        names=list(given),
         max_steps=max_steps,
         scratch_bytes=meta.global_scratch_size,
         entry=meta.name,
     )
     stats.ptx, stats.metadata = out.asm["ptx"], meta
     return stats
+
+
+def launch_arguments(signature: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a launch passes to the compiled kernel, by name: no constants, tuples element by element."""
+    flat: dict[str, Any] = {}
+    for name, kind in signature.items():
+        if isinstance(kind, tuple):
+            inner = {f"{name}[{n}]": part for n, part in enumerate(kind)}
+            flat |= launch_arguments(inner, dict(zip(inner, values[name], strict=True)))
+        elif kind != "constexpr":
+            flat[name] = values[name]
+    return flat
 
 
 def as_tensor(x: Any) -> Any:

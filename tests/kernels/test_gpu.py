@@ -66,12 +66,12 @@ def test_cuda_graph() -> None:
 
 
 def test_one_binary_for_every_batch_size() -> None:
-    from fastnet_kernels import fused
+    from fastnet_kernels import fused_forward
 
     module, _ = training_setup()
 
     def compiled() -> int:
-        return sum(len(entry[0]) for entry in fused.forward_kernel.device_caches.values())
+        return sum(len(entry[0]) for entry in fused_forward.forward_kernel.device_caches.values())
 
     counts = []
     for batch in (1, 5, 16, 17, 64):
@@ -90,6 +90,6 @@ def test_cudnn_order() -> None:
     module = ChannelGroupLSTM([(2, 3, 49)]).cuda()
     for buffer, lstm in zip(module.to_cudnn(), module.to_lstms(), strict=True):
         lstm.flatten_parameters()
-        start = lstm.weight_ih_l0.untyped_storage()
+        start = lstm.get_parameter("weight_ih_l0").untyped_storage()
         flat = torch.empty(0, device="cuda").set_(start)
         assert torch.equal(flat[: buffer.numel()], buffer)

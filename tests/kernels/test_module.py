@@ -64,11 +64,11 @@ def test_lstms_both_ways() -> None:
 
 
 def test_cudnn_order_both_ways() -> None:
-    """The order of nn.LSTM's own flat weights, which on a GPU are cuDNN's (see test_kernel_gpu.py)."""
+    """The order of nn.LSTM's own flat weights, which on a GPU are cuDNN's (see test_gpu.py)."""
     module = ChannelGroupLSTM(STAGES)
     buffers = module.to_cudnn()
     for buffer, lstm in zip(buffers, module.to_lstms(), strict=True):
-        assert torch.equal(buffer, torch.cat([p.flatten() for p in lstm._flat_weights]))
+        assert torch.equal(buffer, torch.cat([p.flatten() for p in lstm._flat_weights if p is not None]))
     other = ChannelGroupLSTM(STAGES)
     other.load_cudnn(buffers)
     for p, q in zip(other.parameters(), module.parameters(), strict=True):
@@ -109,4 +109,4 @@ def test_clear_errors() -> None:
 
 def test_more_hidden_units_than_the_kernels_take() -> None:
     with pytest.raises(RuntimeError, match="1025 hidden units, the kernels take up to 1024"):
-        op.choose("triton", "cuda", torch.float16, 1025)
+        op.choose("triton", torch.device("cuda"), torch.float16, 1025)

@@ -21,7 +21,9 @@ def assert_clean(runs: dict[str, list[Stats]]) -> None:
             assert not stats.uninit, f"{name}: {stats.uninit}"
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(BF16, id="bf16"), pytest.param(FP16, id="fp16", marks=pytest.mark.slow)]
+)
 def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     """Two launches in all; the recurrent work and W_hh traffic exactly as computed from the tiles."""
     steps = 4
@@ -43,6 +45,7 @@ def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     assert backward.cp_async_bytes == streamed + 2 * steps * (16 * 256 * 2 + 2 * 16 * 64 * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "batch", "dtype", "recompute"),
     [
@@ -61,6 +64,7 @@ def test_random_schedules(
     assert_clean(runs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "dtype"),
     [

@@ -12,12 +12,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastnet_kernels import Stage, fused, gemm, launch
+from fastnet_kernels import Stage, fused_backward, fused_forward, gemm, launch
 from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
 from ptxrun import Resources, cross_compile
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PAPER = (Stage(4, 64, 196), Stage(8, 64, 49))
+ARCHS = [pytest.param(arch, marks=() if arch == 80 else pytest.mark.slow) for arch in LAUNCH]
 # One stage of every other row of the launch table, in one launch.
 OTHERS = (Stage(1, 8, 16), Stage(1, 8, 256), Stage(1, 8, 1024))
 
@@ -29,9 +30,9 @@ def plans(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> tuple[Pla
 @cache
 def forward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
     return cross_compile(
-        fused.forward_kernel,
+        fused_forward.forward_kernel,
         arch,
-        {"gates": dtype, "h": dtype, "c": FP32, "w": dtype, "out": dtype},
+        {"gates": dtype, "h": dtype, "c": FP32, "packed": dtype, "out": dtype},
         {"PLANS": plans(stages, dtype, arch), "STATES": True, "GATES": True, "R": BATCH_TILE},
         **launch.recurrent_options(dtype, forward=True),
     )
@@ -40,9 +41,9 @@ def forward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resourc
 @cache
 def backward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
     return cross_compile(
-        fused.backward_kernel,
+        fused_backward.backward_kernel,
         arch,
-        dict.fromkeys(("gates", "w", "dout", "dgates"), dtype) | dict.fromkeys(("c", "dh", "dc"), FP32),
+        dict.fromkeys(("gates", "packed", "dout", "dgates"), dtype) | dict.fromkeys(("c", "dh", "dc"), FP32),
         {"PLANS": plans(stages, dtype, arch), "R": BATCH_TILE},
         **launch.recurrent_options(dtype, forward=False),
     )
@@ -53,7 +54,7 @@ def assert_launchable(r: Resources, arch: int) -> None:
     assert r.shared <= SHARED_KB[arch] * 1024
 
 
-@pytest.mark.parametrize("arch", LAUNCH)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_network_of_the_paper(arch: int) -> None:
     f, b = forward(PAPER, BF16, arch), backward(PAPER, BF16, arch)
     for r in (f, b):
@@ -71,6 +72,7 @@ def test_network_of_the_paper(arch: int) -> None:
     assert set(re.findall(r"LDGSTS\.\S+", b.sass)) <= {"LDGSTS.E.BYPASS.128", "LDGSTS.E.64"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LAUNCH)
 def test_streamed_backward_copies(arch: int) -> None:
     """Without the resident stage every copy of the backward is 16 bytes wide."""
@@ -79,12 +81,14 @@ def test_streamed_backward_copies(arch: int) -> None:
     assert set(re.findall(r"LDGSTS\.\S+", alone.sass)) == {"LDGSTS.E.BYPASS.128"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LAUNCH)
 def test_other_rows_of_the_table(arch: int) -> None:
     assert_launchable(forward(OTHERS, BF16, arch), arch)
     assert_launchable(backward(OTHERS, BF16, arch), arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LAUNCH)
 def test_float32(arch: int) -> None:
     stages = (Stage(1, 8, 16), Stage(1, 8, 784))
@@ -92,25 +96,26 @@ def test_float32(arch: int) -> None:
     assert_launchable(backward(stages, FP32, arch), arch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", LAUNCH)
 def test_gemms(arch: int) -> None:
-    """The feature map [B, S, G*T] and everything else is copied 16 bytes at a time, along the steps."""
-    p = plans(PAPER, BF16, arch)[0]
-    options: dict[str, Any] = launch.gemm_tiles(BF16, p)
-    rows, k = options.pop("ROWS"), options.pop("BK")
+    """The feature map [B, S, G*T] of conv4 and everything else is copied 16 bytes at a time, along the steps."""
+    ps, both, floats = plans(PAPER, BF16, arch), (BF16, BF16), (FP32, FP32)
+    tiles: dict[str, Any] = launch.gemm_tiles(BF16)
     project = cross_compile(
         gemm.project_kernel,
         arch,
-        dict.fromkeys(("x", "w_ih", "h", "w_hh", "gates"), BF16) | {"bias": FP32},
-        {"P": p, "ROWS": rows, "BK": k, "RECOMPUTE": True},
-        **options,
+        {"x": both, "packed": BF16, "bias_ih": floats, "bias_hh": floats, "h": BF16, "gates": BF16},
+        {"PLANS": ps, "RECOMPUTE": True, "ROWS": tiles.pop("ROWS"), "MOST": tiles.pop("MOST")},
+        **tiles,
     )
+    tiles = launch.weight_gradient_tiles(BF16)
     weight = cross_compile(
         gemm.weight_gradient_kernel,
         arch,
-        {"dgates": BF16, "source": BF16, "partial": FP32},
-        {"P": p, "ROWS": 32, "BK": 64, "HIDDEN": False},
-        **options,
+        {"dgates": BF16, "x": both, "h": BF16, "partial": FP32},
+        {"PLANS": ps, "ROWS": tiles.pop("ROWS"), "MOST": tiles.pop("MOST")},
+        **tiles,
     )
     for r in (project, weight):
         assert_launchable(r, arch)
@@ -133,12 +138,14 @@ def test_padded_work() -> None:
     assert forward_work <= 1.27 * useful and backward_work <= 1.36 * useful
 
 
-@pytest.mark.parametrize("kernel", [fused.forward_kernel, fused.backward_kernel, gemm.project_kernel])
+@pytest.mark.parametrize(
+    "kernel", [fused_forward.forward_kernel, fused_backward.backward_kernel, gemm.project_kernel]
+)
 def test_one_binary_for_every_batch_size(kernel: Any) -> None:
     """The batch is no part of what a launch is specialised on."""
     backend = make_backend(GPUTarget("cuda", 80, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    constants = {"P", "PLANS", "STATES", "GATES", "R", "ROWS", "BK", "RECOMPUTE"}
+    constants = {"PLANS", "STATES", "GATES", "R", "ROWS", "MOST", "RECOMPUTE"}
     sizes = {"batch", "padded_batch"}
     specialised = []
     for batch in (1, 5, 16, 17, 256):

@@ -260,7 +260,7 @@ def matmul(M: int, N: int, K: int, dtype: torch.dtype, prec: str = "tf32", **kw:
         (torch.float32, "ieee", 5e-5),
     ],
 )
-@pytest.mark.parametrize("M,N,K", [(64, 64, 128), (65, 33, 47)])
+@pytest.mark.parametrize("M,N,K", [(64, 64, 128), pytest.param(65, 33, 47, marks=pytest.mark.slow)])
 def test_matmul(
     M: int, N: int, K: int, dtype: torch.dtype, prec: str, tol: float, num_warps: int, schedule: str
 ) -> None:
@@ -460,6 +460,7 @@ def test_casts(a: torch.dtype, b: torch.dtype) -> None:
     assert torch.equal(y, x.to(b))
 
 
+@pytest.mark.slow
 @MODES
 def test_scan_sort_argmax(num_warps: int, schedule: str) -> None:
     x = torch.stack([torch.randperm(64) for _ in range(32)]).int()

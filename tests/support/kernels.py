@@ -18,6 +18,16 @@ import fastnet_kernels
 from fastnet_kernels import ChannelGroupLSTM, Stage, launch, op
 from ptxrun import Stats, execute_ptx
 
+KERNEL_MODULES = (
+    "gates",
+    "packing",
+    "gemm",
+    "tiles",
+    "fused_forward",
+    "fused_backward",
+    "launch",
+)  # as they import
+
 
 @cache
 def interpreted() -> ModuleType:
@@ -25,7 +35,7 @@ def interpreted() -> ModuleType:
 
     Triton reads TRITON_INTERPRET when a kernel is defined, so the modules are imported a second time.
     """
-    names = [f"fastnet_kernels.{name}" for name in ("gates", "gemm", "fused", "launch")]
+    names = [f"fastnet_kernels.{name}" for name in KERNEL_MODULES]
     kept = {name: importlib.import_module(name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -44,9 +54,7 @@ def triton_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As with TRITON_INTERPRET=1 in the environment."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(op, "_kernels", interpreted)
-    op._obstacle.cache_clear()
     yield
-    op._obstacle.cache_clear()
 
 
 def side(hidden: int) -> tuple[int, int]:
@@ -84,7 +92,8 @@ def parameters_of(lstms: Sequence[nn.LSTM]) -> list[nn.Parameter]:
 
 def executed(launch: ModuleType = launch, **options: Any) -> AbstractContextManager[dict[str, list[Stats]]]:
     """Within the block the launch module's kernels run their compiled PTX on the CPU."""
-    return execute_ptx(launch.fused, launch.gemm, **options)
+    modules = (launch.packing, launch.gemm, launch.fused_forward, launch.fused_backward)
+    return execute_ptx(*modules, **options)
 
 
 class Failure(NamedTuple):
@@ -137,8 +146,8 @@ def failures(
     exact, eager = reference(torch.float64), reference(dtype)
     module, x, dout = module.to(device), [f.to(device) for f in x], dout.to(device)
     with torch.no_grad():
-        y, gates, h, c = launch.forward(x, module.weights(), module.stages, save=True, recompute=recompute)
-        d_x, d_w = launch.backward(dout, x, module.weights(), module.stages, gates, h, c, needs_dx=True)
+        y, *saved = launch.forward(x, module.weights(), module.stages, save=True, recompute=recompute)
+        d_x, d_w = launch.backward(dout, x, module.weights(), module.stages, *saved, needs_dx=True)
     names = ["output", *(f"x{n}" for n in range(len(x)))]
     names += [f"{w}{n}" for n in range(len(x)) for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     ours = [y, *d_x, *(t for w in d_w for t in w)]

@@ -1,0 +1,160 @@
+# ruff: noqa: RUF005 - the Triton compiler knows tuple + tuple, not (*tuple, element)
+# Tuples grow in loops that the Triton compiler unrolls, which mypy does not know.
+# mypy: ignore-errors
+"""The recurrent part of the backward pass in Triton: one launch, the steps in reverse, gates to gate gradients.
+
+Programs, buffers and the rules for barriers are those of fused_forward.py. The gate gradients [G, T, Bp, 4*Hp] have
+the layout of the gates; the products that need no step before (weights, biases, input) are left to gemm.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gates import merge, tanh
+from .tiles import IS_BLOCKED, IS_RESIDENT, load_resident_weights, locate, output_tile, tile_indices
+
+
+@triton.jit
+def cell_gradient(gates, c, c_next, dh, dc, U: tl.constexpr):
+    """Gradients of a tile's pre-activations i, f, g, o and of c_{t-1}, each [R, U] float32.
+
+    gates points at the tile's gate i; c and c_next at c_{t-1} and c_t; dh and dc are those of h_t and c_t.
+    """
+    i = tl.load(gates).to(tl.float32)
+    f = tl.load(gates + U).to(tl.float32)
+    g = tl.load(gates + 2 * U).to(tl.float32)
+    o = tl.load(gates + 3 * U).to(tl.float32)
+    y = tanh(tl.load(c_next))
+    dc += dh * o * (1 - y * y)
+    di = dc * g * i * (1 - i)
+    df = dc * tl.load(c) * f * (1 - f)
+    dg = dc * i * (1 - g * g)
+    do = dh * y * o * (1 - o)
+    return di, df, dg, do, dc * f
+
+
+@triton.jit
+def load_output_gradient(dout, j, rows, P: tl.constexpr, R: tl.constexpr):
+    at, inside = output_tile(j, rows, P, R)
+    return tl.load(dout + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def backward_resident(gates, c, w, dout, dgates, rows, bp, P: tl.constexpr, R: tl.constexpr):
+    """W_hh, dh and dc stay in registers; gates and c come in two steps ahead, the gate gradients go out."""
+    r, u, n = tile_indices(P, R)
+    dtype = dgates.dtype.element_ty
+    w_tiles = load_resident_weights(w, P)
+    dh_tiles = ()
+    dc_tiles = ()
+    for j in tl.static_range(P.chunks):
+        dh_tiles = dh_tiles + (load_output_gradient(dout, j, rows, P, R),)
+        dc_tiles = dc_tiles + (tl.full((R, P.units), 0, tl.float32),)
+    for s in tl.range(P.steps, num_stages=P.backward_depth):
+        t = P.steps - 1 - s
+        dh_next = ()
+        dc_next = ()
+        for _ in tl.static_range(P.chunks):
+            dh_next = dh_next + (tl.full((R, P.units), 0, tl.float32),)
+        for j in tl.static_range(P.chunks):
+            at = t * bp * (4 * P.padded) + r * (4 * P.padded) + j * P.columns
+            c_at = c + t * bp * P.padded + r * P.padded + j * P.units + u
+            di, df, dg, do, dc = cell_gradient(
+                gates + at + u, c_at, c_at + bp * P.padded, dh_tiles[j], dc_tiles[j], P.units
+            )
+            dc_next = dc_next + (dc,)
+            d = merge(di, df, dg, do, R, P.units).to(dtype)
+            tl.store(dgates + at + n, d)
+            dh_sum = ()
+            for i in tl.static_range(P.chunks):
+                w_t = tl.trans(w_tiles[j * P.chunks + i])
+                dh_sum = dh_sum + (tl.dot(d, w_t, dh_next[i], input_precision="ieee"),)
+            dh_next = dh_sum
+        dh_tiles = dh_next
+        dc_tiles = dc_next
+
+
+@triton.jit
+def backward_streamed(gates, c, w, dout, dgates, dh, dc, rows, bp, P: tl.constexpr, R: tl.constexpr):
+    """Two loops a step: elementwise to the gate gradients, then their product with W_hh, streamed by chunk.
+
+    In one loop every warp would repeat the elementwise part for the whole tile, the dots' left operand. dh and dc
+    [Bp, Hp] float32 carry the state's gradient between the loops through global memory (L1 and L2 in effect).
+    """
+    U: tl.constexpr = P.units
+    r, u, n = tile_indices(P, R)
+    kb = tl.arange(0, P.block)
+    dtype = dgates.dtype.element_ty
+    slot = bp * P.padded
+    for j in tl.range(P.chunks):
+        tl.store(dh + r * P.padded + j * U + u, load_output_gradient(dout, j, rows, P, R))
+        tl.store(dc + r * P.padded + j * U + u, tl.full((R, U), 0, tl.float32))
+    for s in range(P.steps):
+        t = P.steps - 1 - s
+        tl.debug_barrier()  # dh was stored by other threads
+        d_t = dgates + t * slot * 4 + r * (4 * P.padded)
+        for j in tl.range(P.chunks, num_stages=1):
+            at = r * P.padded + j * U + u
+            c_at = c + t * slot + at
+            gates_at = gates + t * slot * 4 + r * (4 * P.padded) + j * P.columns + u
+            di, df, dg, do, dc_new = cell_gradient(
+                gates_at, c_at, c_at + slot, tl.load(dh + at), tl.load(dc + at), U
+            )
+            tl.store(dc + at, dc_new)
+            tl.store(d_t + j * P.columns + u, di.to(dtype))
+            tl.store(d_t + j * P.columns + U + u, df.to(dtype))
+            tl.store(d_t + j * P.columns + 2 * U + u, dg.to(dtype))
+            tl.store(d_t + j * P.columns + 3 * U + u, do.to(dtype))
+        tl.debug_barrier()  # the gate gradients were stored by other threads; dh has been read
+        if t > 0:
+            if P.mode == IS_BLOCKED:
+                for k0 in tl.range(0, P.padded, P.block, num_stages=1):
+                    acc = tl.full((R, P.block), 0, tl.float32)
+                    for j in tl.range(P.chunks, num_stages=P.backward_depth):
+                        d = tl.load(d_t + j * P.columns + n)
+                        w_tile = tl.load(w + (j * P.padded + k0 + kb)[:, None] * P.columns + n)
+                        acc = tl.dot(d, tl.trans(w_tile), acc, input_precision="ieee")
+                    tl.store(dh + r * P.padded + (k0 + kb)[None, :], acc)
+            else:
+                sums = ()
+                for i in tl.static_range(len(P.wide)):
+                    sums = sums + (tl.full((R, P.wide[i][1]), 0, tl.float32),)
+                for j in tl.range(P.chunks, num_stages=P.backward_depth):
+                    d = tl.load(d_t + j * P.columns + n)
+                    added = ()
+                    for i in tl.static_range(len(P.wide)):
+                        k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+                        w_tile = tl.load(w + (j * P.padded + k[:, None]) * P.columns + n)
+                        added = added + (tl.dot(d, tl.trans(w_tile), sums[i], input_precision="ieee"),)
+                    sums = added
+                for i in tl.static_range(len(P.wide)):
+                    k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+                    tl.store(dh + r * P.padded + k[None, :], sums[i])
+
+
+@triton.jit
+def backward_group(gates, c, packed, dout, dgates, dh, dc, batch, P: tl.constexpr, R: tl.constexpr):
+    """Runs the program if its group belongs to stage P."""
+    g, row, bp = locate(batch, P, R)
+    if (g >= 0) & (g < P.groups):
+        gates_at = bp * P.gates_at + (g * P.steps * bp + row) * (4 * P.padded)
+        gates += gates_at
+        dgates += gates_at
+        c += bp * P.states_at + (g * P.slots * bp + row) * P.padded
+        w = packed + P.hidden_weights_at + g * (4 * P.padded * P.padded)
+        dout += row * P.outputs + P.column + g * P.hidden
+        rows = batch - row
+        if P.mode == IS_RESIDENT:
+            backward_resident(gates, c, w, dout, dgates, rows, bp, P=P, R=R)
+        else:
+            at = bp * P.carry_at + (g * bp + row) * P.padded
+            backward_streamed(gates, c, w, dout, dgates, dh + at, dc + at, rows, bp, P=P, R=R)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def backward_kernel(gates, c, packed, dout, dgates, dh, dc, batch, PLANS: tl.constexpr, R: tl.constexpr):
+    """The grid of forward_kernel; the steps in reverse."""
+    for s in tl.static_range(len(PLANS)):
+        backward_group(gates, c, packed, dout, dgates, dh, dc, batch, P=PLANS[s], R=R)
