@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 import softgpu
+from benchmarks import harness
 
 
 @triton.jit
@@ -95,3 +96,19 @@ def test_a_capture_refuses_to_wait() -> None:
         with pytest.raises(RuntimeError, match="captur"):
             captured(action)
     assert (x + 1).tolist() == [2, 2, 2]
+
+
+def test_the_memory_of_a_benchmarked_graph_is_that_of_its_capture() -> None:
+    """Two buffers of 2 MiB at once; a replay allocates nothing."""
+    x = torch.ones(2**19, device="cuda")
+
+    def step() -> None:
+        y = x * 2
+        torch.relu(y)
+
+    graph = harness.Captured(step)
+    plain = harness.peak_mb(lambda laps: step(), x.device)
+    assert harness.peak_mb(graph, x.device) == plain == 4.0
+    laps = harness.Laps(x.device)
+    graph(laps)
+    assert laps.milliseconds().keys() == {"replay", "total"}
