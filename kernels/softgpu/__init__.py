@@ -16,7 +16,7 @@ def install(
     devices: int = 1,
     capability: int = 80,
     memory_mb: int = 81920,
-    math: bool = True,
+    operators: str = "exact",
     triton: str = "exact",
     **ptxrun_options: Any,
 ) -> None:
@@ -25,7 +25,8 @@ def install(
     Args:
         capability: compute capability, 80 for 8.0. Only kernels for sm_80 can be executed.
         memory_mb: of each GPU; cudaMalloc fails above it.
-        math: compute torch's operators on the host; else their kernels are counted and dropped.
+        operators: "exact" computes torch's operators on the host; "null" counts their kernels and drops them, with one
+            for each operator of cuBLAS or cuDNN.
         triton: "exact" runs the kernels' PTX by ptxrun, "null" counts and drops them.
         ptxrun_options: of ptxrun.launch: schedule, seed, check_uninit, ...
 
@@ -37,12 +38,12 @@ def install(
 
     if not torch.cuda.is_available():
         raise RuntimeError("softgpu could not take CUDA's place")
-    from softgpu import distributed, graphs, operators, triton_launches, watching
+    from softgpu import distributed, graphs, triton_launches, watching
+    from softgpu import operators as aten
 
     watching.install()
     graphs.install()
-    if math:
-        operators.install()
+    aten.install(operators)
     triton_launches.install(triton, **ptxrun_options)
     distributed.install()
     if importlib.util.find_spec("nvidia.dali"):

@@ -19,11 +19,12 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, metavar="N", default=1, help="GPUs that it sees")
     parser.add_argument("--memory-mb", type=int, metavar="N", default=81920, help="memory of each")
+    modes = ("exact", "null")
     parser.add_argument(
-        "--triton",
-        choices=("exact", "null"),
-        default="exact",
-        help="execute Triton kernels, or only count them",
+        "--operators", choices=modes, default="exact", help="compute torch's operators, or count them"
+    )
+    parser.add_argument(
+        "--triton", choices=modes, default="exact", help="execute Triton kernels, or count them"
     )
     parser.add_argument("--report", action="store_true", help="print what was asked of CUDA at the end")
     parser.add_argument("-m", dest="module", metavar="MODULE", nargs=argparse.REMAINDER, help="run a module")
@@ -32,7 +33,9 @@ def main() -> None:
     command = args.module or args.script
     if not command:
         parser.error("name a SCRIPT, or -m MODULE")
-    softgpu.install(devices=args.devices, memory_mb=args.memory_mb, triton=args.triton)
+    softgpu.install(
+        devices=args.devices, memory_mb=args.memory_mb, operators=args.operators, triton=args.triton
+    )
     sys.argv = command
     with report() if args.report else contextlib.nullcontext():
         if args.module:

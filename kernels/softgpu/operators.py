@@ -53,6 +53,13 @@ WAITING = _names(
     unique_dim_consecutive histc bincount
     """
 )
+# What cuBLAS and cuDNN compute, which start their kernels by themselves.
+LIBRARIES = _names(
+    """
+    mm addmm bmm baddbmm addmv dot addbmm _addmm_activation convolution convolution_backward cudnn_batch_norm
+    cudnn_batch_norm_backward
+    """
+)
 # Indexed by a mask, these have to count it.
 INDEXING = {"index", "index_put_", "_index_put_impl_"}
 # Some batch norms write these without saying so in their schema.
@@ -164,10 +171,35 @@ def _has_mask(indices: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in indices)
 
 
-def install() -> None:
-    """Gives every aten operator with a CUDA kernel its kernel on the host; others that start CUDA kernels fail."""
+def _dropped(op: Any) -> Callable[..., Any]:
+    """`op` without its work: results of the right form, one launch counted."""
+
+    def drop(*args: Any, **kwargs: Any) -> Any:
+        watching.note_operator(op._schema.name.removeprefix("aten::"), tensors_in([*args, *kwargs.values()]))
+        device = tensors_in(args)[0].device
+        library.library().softgpu_count_kernel(torch._C._cuda_getCurrentRawStream(device.index))
+        made = [
+            None if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device=device)
+            for form in forms(op, args, kwargs) or []
+        ]
+        return tuple(made) if len(made) > 1 else made[0]
+
+    return drop
+
+
+def install(mode: str) -> None:
+    """Gives every aten operator with a CUDA kernel its kernel on the host; others that start CUDA kernels fail.
+
+    In the mode null torch's own kernels are counted and dropped, and so is what the libraries compute.
+    """
     global _library
+    if mode not in ("exact", "null"):
+        raise ValueError(f"operators={mode!r}: must be exact or null")
     _library = torch.library.Library("aten", "IMPL")
+    if mode == "null":
+        for name in sorted(LIBRARIES):
+            _library.impl(name, _dropped(getattr(aten, name).default), "CUDA")
+        return
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     names = {name.removeprefix("aten::") for name in registered if name.startswith("aten::")} | ALSO
     for name in sorted(names - NATIVE):

@@ -17,6 +17,7 @@ CHECKS = Path(__file__).with_name("checks")
 GROUPS = {
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
     "graphs": (["check_graphs.py"], []),
+    "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "lstm": (["check_training.py", "-k", "lstm"], []),
 }

@@ -12,6 +12,8 @@ static cudaError_t launch(cudaStream_t s) {
     captured_launch(s);
     return cudaSuccess;
 }
+/* For an operator of cuBLAS or cuDNN that Python leaves out: it would be one launch at least. */
+void softgpu_count_kernel(void *s) { launch((cudaStream_t)s); }
 cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t n, cudaStream_t s) { return launch(s); }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *f, void **a) { return launch(c->stream); }
 cudaError_t __cudaLaunchKernel(void *f, dim3 g, dim3 b, void **a, size_t n, cudaStream_t s) { return launch(s); }

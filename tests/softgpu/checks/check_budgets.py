@@ -1,0 +1,51 @@
+"""What a training step asks of the device, held to budgets.json. Kernels are counted and dropped.
+
+The numbers may only go down: a step that asks for less fails too, until its number is committed. They hold for the
+versions in constraints.txt. `launches` counts one for each operator of cuBLAS and cuDNN.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import softgpu
+from fastnet.training.trainer import Trainer
+from tests.softgpu.trainers import begin, tiny_trainer
+
+BUDGETS = Path(__file__).parents[1] / "budgets.json"
+STEPS_BEFORE = (
+    2  # after these nothing is compiled or made for the first time, and the allocator has its blocks
+)
+
+
+def step_costs(trainer: Trainer) -> dict[str, int]:
+    for _ in range(STEPS_BEFORE):
+        trainer.train_step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    with softgpu.watch() as seen:
+        trainer.train_step()
+    assert not seen.waits, seen.waits
+    return {
+        "launches": seen.counts["kernels"] + seen.counts["triton"],
+        "copies_to_device": seen.counts["h2d"],
+        "copies_to_host": seen.counts["d2h"],
+        "copies_from_pageable": seen.counts["pageable"],
+        "allocations": torch.cuda.memory_stats()["allocation.all.allocated"] - before,
+        "cuda_mallocs": seen.counts["mallocs"] + seen.counts["host_allocs"],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("network", ["baseline", "lstm"])
+def test_a_step_keeps_its_budget(network: str, dtype: torch.dtype, tiny_set: Path, tmp_path: Path) -> None:
+    found = {}
+    with tiny_trainer(network, "cuda", dtype, tiny_set, tmp_path) as trainer:
+        for index, phase in enumerate(trainer.phases):
+            begin(trainer, index)
+            found[phase.name] = step_costs(trainer)
+    committed = json.loads(BUDGETS.read_text())[network][str(dtype).removeprefix("torch.")]
+    assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"

@@ -1,0 +1,53 @@
+"""A trainer to take single steps with: 32 px, batches of 8, both phases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastnet.config import sample
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import Runtime
+from fastnet.training.state import TrainState
+from fastnet.training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def tiny_trainer(
+    network: str,
+    device: str,
+    amp: torch.dtype | None,
+    data: Path,
+    run_dir: Path,
+    *,
+    backend: Literal["auto", "torch"] = "auto",
+) -> Iterator[Trainer]:
+    """A trainer with its resources open, before its first phase."""
+    config = replace(
+        sample(network),
+        image_size=32,
+        batch_size=8,
+        weights="none",
+        head_epochs=1,
+        epochs=1,
+        warmup=0.0,
+        threads=1,
+        backend=backend,
+    )
+    runtime = Runtime(torch.device(device), amp=amp)
+    trainer = Trainer(config, default_set(data), run_dir / f"{network} {device} {amp}", runtime)
+    trainer.resume()
+    with trainer.resources():
+        yield trainer
+
+
+def begin(trainer: Trainer, phase: int) -> None:
+    """Brings `trainer` to the first step of a phase."""
+    trainer.state = TrainState(phase=phase)
+    trainer.begin_phase()
+    trainer.counter.reset()
