@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from fastnet.network.network import Network
 from tests.support.kernels import triton_on_cpu as triton_on_cpu
 
 
-def two_steps(backend: str) -> tuple[list[float], list[Tensor]]:
+def two_steps(backend: Literal["torch", "triton"]) -> tuple[list[float], list[Tensor]]:
     """Losses of two optimiser steps and the last gradients."""
     torch.manual_seed(0)
     config = Config(network="lstm", image_size=32, stages=("conv3", "conv4"), seq_len=64, backend=backend)
