@@ -12,10 +12,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+import fastnet
 from fastnet.config import PRESETS, Augment, Config, flag_name
-from fastnet.errors import InputError, LostError, is_disk_full, refused
+from fastnet.errors import InputError, LostError, is_disk_full, printable, refused
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -41,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         common = self.add_argument_group("output")
         common.add_argument("--json", action="store_true", help="print one JSON object as the last line")
         common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        common.add_argument("--version", action="version", version=f"fastnet {fastnet.__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -131,6 +134,13 @@ def as_arguments(flags: dict[str, Any]) -> list[str]:
     return words
 
 
+def directory(text: str) -> Path:
+    """An argparse type: the path of a directory. An empty one would mean the current directory."""
+    if not text.strip():
+        raise ValueError
+    return Path(text)
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
     value = int(text)
@@ -170,7 +180,7 @@ def fail(message: str, *, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
     if is_main_rank():
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import msgspec
+
 from fastnet.errors import InputError
 
+MAX_NUMBER = 10**12  # no count of this program is larger; float64 still holds its products
 STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
 
 
@@ -45,7 +48,7 @@ class Config:
 
     network: str = _flag("baseline", "network", "which network to train", choices=("baseline", "lstm"))
     depth: int = _flag(18, "network", "layers of the ResNet", choices=(18, 34, 50))
-    image_size: int = _flag(224, "network", "input height and width, a multiple of 32", least=32)
+    image_size: int = _flag(224, "network", "input height and width, a multiple of 32", within=(32, 4096))
     stages: tuple[str, ...] = _flag(
         ("conv4", "conv5"), "network", "stages read by LSTMs, comma separated, of conv2 to conv5"
     )
@@ -56,7 +59,9 @@ class Config:
     )
 
     decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
-    threads: int = _flag(0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", least=0)
+    threads: int = _flag(
+        0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", within=(0, 1024)
+    )
     eval_crop: float = _flag(
         1.0, "data", "side of the evaluation's centre crop / resized side", above=0, within=(0, 1)
     )
@@ -77,7 +82,9 @@ class Config:
     momentum: float = _flag(0.9, "training", "momentum of sgd (Nesterov)", within=(0, 1))
     weight_decay: float = _flag(1e-4, "training", "weight decay of all but biases and batch norms", least=0)
     label_smoothing: float = _flag(0.1, "training", "label smoothing", within=(0, 1))
-    warmup: float = _flag(1.0, "training", "epochs of linear warmup at the start of a phase", least=0)
+    warmup: float = _flag(
+        1.0, "training", "epochs of linear warmup at the start of a phase", within=(0, 10_000)
+    )
     precision: str = _flag(
         "auto", "training", "arithmetic of the network", choices=("auto", "bf16", "fp16", "fp32")
     )
@@ -89,7 +96,11 @@ class Config:
         "5m", "training", "steps or time between checkpoints, such as 500, 30s, 5m (each epoch saves too)"
     )
     timeout: float = _flag(
-        300.0, "training", "seconds that a rank waits for the others before it gives up", above=0
+        300.0,
+        "training",
+        "seconds that a rank waits for the others before it gives up",
+        above=0,
+        within=(0, 10_000_000),
     )
     log_every: int = _flag(20, "training", "steps between records of the training loss", least=1)
     profile_steps: str = _flag(
@@ -157,9 +168,8 @@ class Config:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Config:
-        return Config(
-            **{**values, "stages": tuple(values["stages"]), "augment": Augment(**values["augment"])},
-        )
+        """The inverse of `to_json`. Raises msgspec.ValidationError for other types, InputError for other values."""
+        return msgspec.convert(values, Config)
 
 
 def check_image_size(size: int) -> None:
@@ -235,6 +245,8 @@ def flag_name(item: dataclasses.Field) -> str:
 def _check(flag: str, value: Any, meta: Any) -> None:
     if "choices" in meta and value not in meta["choices"]:
         raise InputError(f"{flag} {value}: must be one of {', '.join(map(str, meta['choices']))}")
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise InputError(f"{flag} {value!s:.20}...: must be at most {MAX_NUMBER:,}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{flag} {value}: must be a finite number")
     if "least" in meta and value < meta["least"]:

@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from fastnet.cli import Parser, run_command
-from fastnet.data.default import default_set
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags
+from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.runs import check_classes, load_runs
 from fastnet.inference.scores import (
     all_logits,
@@ -55,7 +54,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise InputError(f"{args.runs[0]}: an ensemble takes two or more runs; name another")
 
     runtime = single_process(args.device)
-    data = default_set(args.data)
+    data = open_data(args.data, args.runs[0])
     split = labelled_split(data, args.split)
     runs = load_runs(args.runs, args.checkpoint, runtime)
     for name, run in runs.items():

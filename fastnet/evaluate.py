@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import Parser, run_command
-from fastnet.data.default import default_set
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
-from fastnet.inference.flags import add_inference_flags
+from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.runs import check_classes, load_runs
 from fastnet.inference.scores import as_json, count_hits, labelled_split, logits_of
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
 
     runtime = single_process(args.device)
-    data = default_set(args.data)
+    data = open_data(args.data, args.run)
     split = labelled_split(data, args.split)
     ((name, run),) = load_runs([args.run], args.checkpoint, runtime).items()
     check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)

@@ -6,8 +6,6 @@ networks compare at a glance. Lines differ by style and marker, not by colour.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fastnet.cli import Parser, run_command
 from fastnet.errors import InputError
 from fastnet.files import atomic_write, short_names
+from fastnet.training.events import EpochEvent, StepEvent, read_events
 
 STYLES: dict[str, dict[str, Any]] = {
     "training": {"color": "0.45", "linestyle": "-", "linewidth": 1.2},
@@ -40,46 +39,21 @@ class Curves:
 def read_curves(run_dir: Path, name: str) -> Curves:
     """Reads a run's metrics.jsonl. Raises InputError, naming file and line, where it is damaged or empty."""
     path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file; give the directory of a run that has begun") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-
     curves = Curves(name)
     epochs: list[tuple[float, float, float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            match event["event"]:
-                case "phase" if event["phase"] == "full" and event["step"] > 0:
-                    curves.phase_two = event["step"]
-                case "step":
-                    curves.training.append(_point(event, "train"))
-                case "epoch":
-                    epochs.append(_point(event, "train"))
-                    curves.validation.append(_point(event, "val"))
-        except json.JSONDecodeError:
-            raise InputError(f"{path}, line {number}: not JSON; remove the line") from None
-        except KeyError as error:
-            raise InputError(f"{path}, line {number}: {error} is missing; remove the line") from None
-        except (TypeError, ValueError):
-            raise InputError(f"{path}, line {number}: not a line of metrics; remove the line") from None
+    for event in read_events(path):
+        if isinstance(event, EpochEvent):
+            epochs.append((event.step, event.train_loss, event.train_top1))
+            curves.validation.append((event.step, event.val_loss, event.val_top1))
+        elif isinstance(event, StepEvent):
+            curves.training.append((event.step, event.train_loss, event.train_top1))
+        elif event.phase == "full" and event.step > 0:
+            curves.phase_two = event.step
     if not epochs and not curves.training:
-        raise InputError(
-            f"{path}, line {max(len(lines), 1)}: ends before the first logged step; train the run first"
-        )
+        raise InputError(f"{path}: ends before the first logged step; train the run first")
     # A run shorter than the logging interval has no step lines: its epochs' means stand in.
     curves.training = curves.training or epochs
     return curves
-
-
-def _point(event: dict[str, Any], of: str) -> tuple[float, float, float]:
-    step, loss, top1 = (float(event[key]) for key in ("step", f"{of}_loss", f"{of}_top1"))
-    if not all(map(math.isfinite, (step, loss, top1))):
-        raise ValueError("not finite")
-    return step, loss, top1
 
 
 def draw(runs: Sequence[Curves]) -> Figure:

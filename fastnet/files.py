@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastnet.errors import refused
+from fastnet.errors import InputError, refused
+
+PARTIAL = ".partial"
 
 
 @contextmanager
@@ -17,16 +20,39 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
     Creates missing parent directories. Raises InputError if the place cannot be written or the disk is full (`full`
     then ends the message, see `errors.refused`). Nothing half-written stays behind.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name that nobody can foresee, so that it cannot be a link that someone else put there.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+        beside = Path(name)
+        os.fchmod(handle, 0o666 & ~_umask())
+        os.close(handle)
         yield beside
         beside.replace(path)
     except OSError as error:
         raise refused(error, path, full=full) from error
     finally:
-        if beside.parent.is_dir():
+        if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left of writing `name`. Only for who knows that no other process writes there."""
+    for left in folder.glob(f".{name}.*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that this process takes away from files it makes. Linux tells without changing them."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises InputError if `path` is a symbolic link: writing would change a file elsewhere."""
+    if path.is_symlink():
+        raise InputError(f"{path}: is a symbolic link, which is not written through; remove it")
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

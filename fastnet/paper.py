@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import torch
 
 from fastnet import ensemble, figures, predict
-from fastnet.cli import SettingsParser, as_arguments, run_command
+from fastnet.cli import SettingsParser, as_arguments, directory, run_command
 from fastnet.config import choose_preset, with_flags
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", default=Path("runs/paper"), help="where everything goes"
+        "--out", type=directory, metavar="DIR", default=Path("runs/paper"), help="where everything goes"
     )
     given = parser.parse(argv)
     if "network" in given:

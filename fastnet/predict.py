@@ -14,12 +14,11 @@ from typing import Any, NamedTuple, NoReturn
 from torch import Tensor
 
 from fastnet.cli import Parser, run_command
-from fastnet.data.default import default_set
 from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags
+from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.images import find_images, images_as_split
 from fastnet.inference.runs import TrainedRun, check_classes, load_runs
 from fastnet.inference.scores import all_logits, average_scores
@@ -121,7 +120,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         one_folder = args.images[0] if len(args.images) == 1 and args.images[0].is_dir() else None
         split = images_as_split(find_images(args.images), one_folder)
     else:
-        data = default_set(args.data)
+        data = open_data(args.data, args.runs[0])
         check_classes(f"set {data.path}", data.classes, f"run {first_name}", first.classes)
         if "test" not in data.splits:
             raise InputError(f"{data.path}: has no test split; use another --data, or --images")

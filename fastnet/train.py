@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastnet.cli import SettingsParser, run_command
+from fastnet.cli import SettingsParser, directory, run_command
 from fastnet.config import Config, choose_preset, with_flags
 from fastnet.data.default import default_set
 from fastnet.distributed.device import choose_precision
@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         metavar="SET",
         help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run directory; default: runs/NETWORK")
+    parser.add_argument(
+        "--run-dir", type=directory, metavar="DIR", help="run directory; default: runs/NETWORK"
+    )
     given = parser.parse(argv)
 
     with joined(given.get("timeout", Config.timeout), given.get("device", Config.device)) as runtime:

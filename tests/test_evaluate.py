@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,20 @@ def test_bad_values_are_named(tiny_set: Path, set_without_test_split: Path, runs
         evaluate.main([run, "--data", str(tiny_set), "--batch-size", "0"])
     with pytest.raises(InputError, match="set: has no test split; choose one of train, val"):
         evaluate.main([run, "--data", str(set_without_test_split), "--split", "test"])
+
+
+def test_without_data_it_takes_the_set_of_the_run(
+    tiny_set: Path, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = evaluate.main([str(runs[0]), "--data", str(tiny_set)])
+    capsys.readouterr()
+    assert evaluate.main([str(runs[0])]) == expected
+    assert f"data: {tiny_set} (that of {runs[0]})" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    shutil.copytree(runs[0], moved)
+    text = (moved / "manifest.json").read_text().replace(str(tiny_set), str(tmp_path / "gone"))
+    (moved / "manifest.json").write_text(text)
+    with pytest.raises(
+        InputError, match=r"moved: was trained on .*gone, which is not there; give the set with --data"
+    ):
+        evaluate.main([str(moved)])

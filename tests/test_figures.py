@@ -34,7 +34,7 @@ def write_run(path: Path, *, head_epochs: int, epochs: int, steps: bool = True) 
         events.append(
             {"event": "epoch", "phase": phase, "epoch": epoch, "step": step}
             | {"train_loss": 5 - step / 100, "train_top1": step / 1000}
-            | {"val_loss": 4.0, "val_top1": step / 2000, "val_top5": step / 1000}
+            | {"val_loss": 4.0, "val_top1": step / 2000, "val_top5": step / 1000, "val_count": 100}
         )
     path.joinpath("metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return path
@@ -121,12 +121,12 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ('{"event": "step", "step": 7, "train_lo', "not JSON"),
-        ('{"event": "epoch", "step": 7, "train_loss": 1.0, "train_top1": 0.5}', "'val_loss' is missing"),
-        ('{"event": "step", "step": 7, "train_loss": NaN, "train_top1": 0.5}', "not a line of metrics"),
-        ('{"event": "step", "step": 7, "train_loss": "low", "train_top1": 0.5}', "not a line of metrics"),
-        ("[1, 2]", "not a line of metrics"),
-        ("", "not JSON"),
+        ('{"event": "step", "step": 7, "train_lo', "not a record of training"),
+        ('{"event": "epoch", "step": 7, "train_loss": 1.0, "train_top1": 0.5}', r"not a record of training .Object missing required field `phase`"),
+        ('{"event": "step", "step": 7, "train_loss": NaN, "train_top1": 0.5}', "not a record of training"),
+        ('{"event": "step", "step": 7, "train_loss": "low", "train_top1": 0.5}', "not a record of training"),
+        ("[1, 2]", "not a record of training"),
+        ("", "not a record of training"),
     ],
 )
 def test_damaged_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -144,5 +144,5 @@ def test_empty_missing_and_unwritable_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/metrics\.jsonl: no such file"):
         main([str(tmp_path / "nowhere"), "--out", str(tmp_path)])
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"metrics\.jsonl, line 1: ends before the first logged step"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: ends before the first logged step"):
         main([str(run), "--out", str(tmp_path)])

@@ -7,14 +7,14 @@ from pathlib import Path
 from fastnet.data.prepared import PreparedSet, open_set
 
 
-def default_set(choice: Path | None) -> PreparedSet:
+def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     """Opens the set to use and says which and why in one line: `choice` (--data), else $FASTNET_DATA, else
     data/tiny-imagenet, else data/sample, which is made on first use (by one process if many ask at once).
     """
     environment = os.environ.get("FASTNET_DATA")
     official, sample = Path("data/tiny-imagenet"), Path("data/sample")
     if choice is not None:
-        path, why = choice, "--data"
+        path = choice
     elif environment:
         path, why = Path(environment), "$FASTNET_DATA"
     elif official.exists():

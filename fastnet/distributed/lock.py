@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.files import remove_leftovers
 
 
 class RunLock:
@@ -93,6 +94,5 @@ def _prepare(run_dir: Path) -> RunLock:
         raise InputError(
             f"--run-dir {run_dir}: cannot be used ({error.strerror}); choose another place"
         ) from error
-    for path in [*run_dir.glob(".*.pt.*"), *run_dir.glob(".manifest.json.*")]:
-        path.unlink(missing_ok=True)
+    remove_leftovers(run_dir)
     return lock

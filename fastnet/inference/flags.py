@@ -1,10 +1,14 @@
-"""The flags that evaluate, ensemble and predict have in common."""
+"""What the command lines of evaluate, ensemble and predict have in common."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fastnet.cli import Parser, positive_int
+from fastnet.data.default import default_set
+from fastnet.data.prepared import PreparedSet
+from fastnet.errors import InputError
+from fastnet.training.records import read_manifest
 
 
 def add_inference_flags(parser: Parser) -> None:
@@ -12,7 +16,7 @@ def add_inference_flags(parser: Parser) -> None:
         "--data",
         metavar="SET",
         type=Path,
-        help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
+        help="prepared set; default: the one that the run was trained on",
     )
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which of a run's checkpoints"
@@ -21,3 +25,13 @@ def add_inference_flags(parser: Parser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the networks run"
     )
+
+
+def open_data(choice: Path | None, run_dir: Path) -> PreparedSet:
+    """The set of --data, else the one that the run was trained on. Raises InputError if that is no longer there."""
+    if choice is not None:
+        return default_set(choice)
+    path = Path(str(read_manifest(run_dir).data.get("path")))
+    if not path.exists():
+        raise InputError(f"{run_dir}: was trained on {path}, which is not there; give the set with --data")
+    return default_set(path, why=f"that of {run_dir}")

@@ -33,13 +33,13 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such run; give the directory that train.py wrote (--run-dir)")
     path = run_dir / f"{which}.pt"
-    content = load(path)
+    saved = load(path)
     # Training may have used an LSTM backend that this machine lacks.
-    config = replace(Config.from_json(content["config"]), backend="auto")
-    network = Network(config, len(content["classes"]))
-    load_model(network, path, content)
+    config = replace(saved.config, backend="auto")
+    network = Network(config, len(saved.classes))
+    load_model(network, path, saved.model)
     network.to(runtime.device).eval()
-    return TrainedRun(config, network, content["classes"], content["words"], content["position"]["step"])
+    return TrainedRun(config, network, saved.classes, saved.words, saved.position.step)
 
 
 def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[str, TrainedRun]:
@@ -58,11 +58,8 @@ def check_classes(one: str, classes: Sequence[str], other: str, others: Sequence
     """Raises InputError unless both have the same classes in the same order, since a label is a position in them."""
     if list(classes) != list(others):
         odd = sorted(set(classes) ^ set(others))
-        what = (
-            f"{len(classes)} and {len(others)}; only one of them has {odd[0]}"
-            if odd
-            else "they are in another order"
-        )
+        only = f"{len(classes)} and {len(others)}; only one of them has {odd[0]}" if odd else ""
+        what = only or "in another order"
         raise InputError(
             f"{one}: its classes are not those of {other} ({what}); use a set and runs that match"
         )

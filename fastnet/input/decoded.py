@@ -17,7 +17,7 @@ from fastnet.data.decoding import Decoder, chunks
 from fastnet.data.lock import exclusive
 from fastnet.data.prepared import Split, read_meta
 from fastnet.errors import InputError
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, remove_leftovers
 from fastnet.progress import track
 
 HEADER = 128
@@ -60,8 +60,7 @@ class DecodedImages:
 
 
 def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> None:
-    for left in path.parent.glob(f".{path.name}.[0-9]*"):
-        left.unlink()  # of a process that was killed: nobody else writes here while this one holds the lock
+    remove_leftovers(path.parent, path.name)
     print(f"data: decoding {split.name} once: {path} ({size / 1e6:.0f} MB)", file=sys.stderr, flush=True)
     full = f"it takes {size / 1e6:.0f} MB; free some space, or use --decode cpu"
     with atomic_write(path, full=full) as beside, beside.open("wb") as file:

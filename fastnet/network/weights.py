@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
+from typing import Any
 
-import torch
 import torchvision
-from torch import Tensor
 
 from fastnet.errors import InputError
 from fastnet.network.network import Network
+from fastnet.network.stored import Unreadable, misfit, read_stored
 
 
 def load_backbone(network: Network, depth: int, weights: str) -> None:
@@ -26,10 +24,8 @@ def load_backbone(network: Network, depth: int, weights: str) -> None:
     state = _imagenet_state(depth) if weights == "imagenet" else _file_state(Path(weights))
     own = network.backbone.state_dict()
     for name, tensor in own.items():
-        if name in state and state[name].shape != tensor.shape:
-            raise InputError(
-                f"--weights {weights}: {name} is {list(state[name].shape)}, ResNet-{depth} has {list(tensor.shape)}"
-            )
+        if name in state and (problem := misfit(tensor, state[name])):
+            raise InputError(f"--weights {weights}: {name} {problem}; give the weights of a ResNet-{depth}")
     fitting = {name: state[name] for name in own if name in state}
     missing = network.backbone.load_state_dict(fitting, strict=False).missing_keys
     if missing:
@@ -38,7 +34,7 @@ def load_backbone(network: Network, depth: int, weights: str) -> None:
         )
 
 
-def _imagenet_state(depth: int) -> dict[str, Tensor]:
+def _imagenet_state(depth: int) -> dict[str, Any]:
     enum = torchvision.models.get_model_weights(f"resnet{depth}")
     try:
         return dict(enum.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
@@ -49,27 +45,20 @@ def _imagenet_state(depth: int) -> dict[str, Tensor]:
         ) from error
 
 
-def _file_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+def _file_state(path: Path) -> dict[str, Any]:
+    if not path.exists():
         raise InputError(f"--weights {path}: no such file; give imagenet, none, or a file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+        loaded = read_stored(path)
+    except Unreadable as error:
         raise InputError(f"--weights {path}: not a readable PyTorch file: {error}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        prefix = "backbone."
         loaded = {
-            k.removeprefix("backbone."): v
-            for k, v in loaded["model"].items()
-            if str(k).startswith("backbone.")
+            str(name).removeprefix(prefix): value
+            for name, value in loaded["model"].items()
+            if str(name).startswith(prefix)
         }
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, dict):
         raise InputError(f"--weights {path}: holds no state dict of tensors")
     return loaded

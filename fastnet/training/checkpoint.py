@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import shutil
 import time
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fastnet.config import Config
@@ -22,9 +22,30 @@ from fastnet.distributed.lock import RunLock
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
 from fastnet.network.network import Network
+from fastnet.network.stored import Unreadable, misfit, read_stored
+from fastnet.training.state import TrainState
 
 FORMAT = 1
-KEYS = {"format", "config", "model", "optimizer", "scaler", "position", "classes", "words", "data_hash"}
+
+
+@dataclass
+class Checkpoint:
+    """What last.pt and best.pt hold, besides the number of their format. Tensors are in `model` and `optimizer`.
+
+    `optimizer` is None between two phases. `position` says how far the run is.
+    """
+
+    config: Config
+    model: dict[str, Any]
+    optimizer: dict[str, Any] | None
+    scaler: dict[str, Any]
+    position: TrainState
+    data_hash: str
+    classes: list[str]
+    words: list[str]
+
+
+KEYS = {"format", *(field.name for field in fields(Checkpoint))}
 
 # Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
 # precision, decoder, LSTM backend and threads change the last bits of the arithmetic, not what is computed.
@@ -120,25 +141,15 @@ class Schedule:
         return self.steps > 0 and step % self.steps == 0
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU. Raises InputError if it is missing, damaged, or not a fastnet checkpoint."""
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint; train the run first, or wait for its first epoch")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+        content = read_stored(path)
+    except Unreadable as error:
         raise InputError(
-            f"{path}: no such checkpoint; train the run first, or wait for its first epoch"
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(
-            f"{path}: damaged, not a readable checkpoint; remove it or restore it from a copy"
+            f"{path}: damaged, not a readable checkpoint ({error}); remove it or restore it from a copy"
         ) from error
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise InputError(f"{path}: a PyTorch file, but not a fastnet checkpoint; give another run directory")
@@ -146,10 +157,13 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: a checkpoint of format {content['format']}; this version reads format {FORMAT}"
         )
-    return content
+    try:
+        return msgspec.convert(content, Checkpoint)
+    except (msgspec.ValidationError, InputError) as error:
+        raise InputError(f"{path}: damaged: {error}; remove it or restore it from a copy") from error
 
 
-def load_last(run_dir: Path, config: Config, data_hash: str) -> dict[str, Any] | None:
+def load_last(run_dir: Path, config: Config, data_hash: str) -> Checkpoint | None:
     """The run's last checkpoint, None if there is none yet.
 
     Raises InputError for a checkpoint of another configuration or other data.
@@ -157,28 +171,47 @@ def load_last(run_dir: Path, config: Config, data_hash: str) -> dict[str, Any] |
     path = run_dir / "last.pt"
     if not path.exists():
         return None
-    content = load(path)
-    before, now = Config.from_json(content["config"]).to_json(), config.to_json()
+    saved = load(path)
+    before, now = saved.config.to_json(), config.to_json()
     changed = next((name for name in now if name not in MAY_CHANGE and before[name] != now[name]), None)
     if changed:
+        longer = f"; to train for longer, start from its weights: --weights {path} and another --run-dir"
         raise InputError(
-            f"{run_dir}: this run was started with {changed} {before[changed]} and not {now[changed]}; "
-            "give the same flags, or another --run-dir"
+            f"{run_dir}: this run was started with {changed} {before[changed]} and not {now[changed]}"
+            + (longer if "epochs" in changed else "; give the same flags, or another --run-dir")
         )
-    if content["data_hash"] != data_hash:
+    if saved.data_hash != data_hash:
         raise InputError(
             f"{run_dir}: this run was trained on other data; give the same --data, or another --run-dir"
         )
-    return content
+    return saved
 
 
-def load_model(network: Network, path: Path, content: dict[str, Any]) -> None:
-    """Puts the checkpoint's weights into `network`. Raises InputError naming the first tensor that does not fit."""
-    own, theirs = network.state_dict(), content["model"]
-    for name in [*own, *theirs]:
-        if name not in theirs or name not in own or own[name].shape != theirs[name].shape:
+def load_model(network: Network, path: Path, model: dict[str, Any]) -> None:
+    """Puts a checkpoint's weights into `network`. Raises InputError naming the first tensor that does not fit."""
+    own = network.state_dict()
+    for name in [*own, *model]:
+        if name not in model or name not in own or misfit(own[name], model[name]):
             raise InputError(
                 f"{path}: a checkpoint of another network: {name} does not fit; give the flags it was trained with, "
                 "or another run"
             )
-    network.load_state_dict(theirs)
+    network.load_state_dict(model)
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, saved: Checkpoint
+) -> None:
+    """Puts the checkpoint's state into the optimiser and loss scaler. Raises InputError if it does not fit."""
+    try:
+        optimizer.load_state_dict(saved.optimizer or {})
+        scaler.load_state_dict(saved.scaler)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                for value in optimizer.state[p].values():
+                    if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
+                        raise ValueError("its state is not that of these parameters")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: damaged: the optimiser does not fit ({error}); remove it or restore it from a copy"
+        ) from error

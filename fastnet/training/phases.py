@@ -95,9 +95,14 @@ def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.opti
     if config.apex:
         return _apex_optimizer(phase, groups, config)
     if phase.optimizer == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
         )
+        # torch makes these uninitialised at the first step, and where the loss scaler has that step skipped (in fp16,
+        # at a scale that is still too large) the second one would add what happened to lie in memory.
+        for _, p in trained if config.momentum else ():
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return sgd
     return torch.optim.AdamW(groups, lr=phase.peak_lr, fused=True)
 
 

@@ -9,14 +9,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, refuse_link
 from fastnet.metrics import Totals
 from fastnet.provenance import surroundings
+from fastnet.training.events import EpochEvent, read_events
 
 
 class Recorder:
@@ -30,12 +32,14 @@ class Recorder:
         self.main = main
         self.path = run_dir / "metrics.jsonl"
         if main:
+            refuse_link(self.path)
             self.path.touch()
             if self.path.stat().st_size < kept:
                 raise InputError(
                     f"{self.path}: shorter than at the last checkpoint; restore it from a copy, or give another "
                     "--run-dir"
                 )
+            read_events(self.path, kept)
             with self.path.open("r+b") as file:
                 file.truncate(kept)
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step or None)
@@ -82,16 +86,37 @@ class Recorder:
 
 
 def last_scores(run_dir: Path) -> dict[str, Any]:
-    """The scores of the last evaluation in metrics.jsonl: loss, top1, top5, count; empty before the first one."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    epochs = [event for event in map(json.loads, lines) if event["event"] == "epoch"]
-    return {key: epochs[-1][f"val_{key}"] for key in ("loss", "top1", "top5", "count")} if epochs else {}
+    """The scores of the last validation in metrics.jsonl: loss, top1, top5, count; empty before the first one."""
+    epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
+    if not epochs:
+        return {}
+    last = epochs[-1]
+    return {"loss": last.val_loss, "top1": last.val_top1, "top5": last.val_top5, "count": last.val_count}
+
+
+class Manifest(msgspec.Struct):
+    """manifest.json: the run's settings, its data, and an entry for each session, one per start of the run."""
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+    sessions: list[dict[str, Any]]
+
+
+def read_manifest(run_dir: Path) -> Manifest:
+    """Raises InputError if the run has no manifest, or it is damaged."""
+    path = run_dir / "manifest.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: missing or damaged ({error}); remove it or restore it from a copy"
+        ) from error
 
 
 def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: dict[str, Any]) -> None:
-    """Writes manifest.json: the run's settings and data, and one entry of `sessions` for each start of it."""
+    """Writes manifest.json anew, with one more session."""
     path = run_dir / "manifest.json"
-    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    sessions = read_manifest(run_dir).sessions if path.exists() else []
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     sessions.append({"started": started, **session, **surroundings()})
     content = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
-from fastnet.config import Config
+from fastnet.config import STAGE_STRIDES, Config
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import lstm_backend
@@ -27,6 +29,35 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "threads": config.threads or threads_per_rank(),
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
     }
+
+
+def check_sizes(config: Config, runtime: Runtime) -> None:
+    """Raises InputError for a run that could not make its first step: LSTMs that no memory holds, and batch norms that
+    would see a single value."""
+    parameters = sum(groups * 8 * hidden * (hidden + 1) for groups, _, hidden in config.lstm_stages)
+    # float32: the parameters, their gradients, and the two moments of AdamW
+    needed, there = 4 * 4 * parameters, _memory(runtime.device)
+    if config.network == "lstm" and needed > there:
+        raise InputError(
+            f"--image-size {config.image_size}: the LSTMs of {', '.join(config.stages)} have {parameters / 1e6:,.0f} "
+            f"million parameters and take {needed / 2**30:.0f} GiB to train, of {there / 2**30:.0f} GiB here; use "
+            "smaller images, or deeper --stages"
+        )
+    share = config.batch_size // runtime.world_size // config.accumulate
+    last = config.stages[-1] if config.network == "lstm" else "conv5"
+    if config.epochs and share * (config.image_size // STAGE_STRIDES[last]) ** 2 == 1:
+        raise InputError(
+            f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which {last} has a single "
+            f"value ({config.image_size} px), too few for batch norm; use a larger batch, fewer ranks or parts, or "
+            "larger images"
+        )
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def open_streams(

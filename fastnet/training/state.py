@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass
@@ -13,15 +18,15 @@ class TrainState:
     training loss, `metrics_bytes` the length of metrics.jsonl that belongs to this state.
     """
 
-    phase: int = 0
-    epoch: int = 0
-    phase_epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
+    phase: Count = 0
+    epoch: Count = 0
+    phase_epoch: Count = 0
+    step_in_epoch: Count = 0
+    step: Count = 0
     best_top1: float = -1.0
     plateau_top1: float = -1.0
-    plateau_age: int = 0
-    totals: list[int] = field(default_factory=list)
-    logged: list[int] = field(default_factory=list)
-    metrics_bytes: int = 0
+    plateau_age: Count = 0
+    totals: Annotated[list[Count], msgspec.Meta(max_length=5)] = field(default_factory=list)
+    logged: Annotated[list[Count], msgspec.Meta(max_length=5)] = field(default_factory=list)
+    metrics_bytes: Count = 0
     done: bool = False

@@ -32,7 +32,7 @@ from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import data_parallel, share_weights, without_sync
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
 from fastnet.training.records import Recorder, last_scores, write_manifest
-from fastnet.training.setup import choices, open_streams
+from fastnet.training.setup import check_sizes, choices, open_streams
 from fastnet.training.state import TrainState
 
 
@@ -46,11 +46,12 @@ class Trainer:
         self, config: Config, data: PreparedSet, run_dir: Path, runtime: Runtime, lock: RunLock | None = None
     ) -> None:
         self.config, self.data, self.run_dir, self.runtime, self.lock = config, data, run_dir, runtime, lock
+        check_sizes(config, runtime)
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
         self.phases = plan(config)
         self.state = TrainState()
-        self.saved: dict[str, Any] | None = None
+        self.saved: checkpoint.Checkpoint | None = None
         self.begun: int | None = None  # index of the phase that optimiser, loss scaler and model belong to
         self.counter = Counter(runtime.device)
         self.stopwatch = Stopwatch(runtime.device)
@@ -87,12 +88,24 @@ class Trainer:
         self.saved = self.runtime.from_main(saved)
         with self.runtime.agree():
             if self.saved:
-                checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved)
-                self.state = TrainState(**self.saved["position"])
+                checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
+                self.state = self.saved.position
+                self.check_position()
             elif self.runtime.is_main:
                 load_backbone(self.network, self.config.depth, self.config.weights)
         self.network.to(self.runtime.device)
         share_weights(self.network, self.runtime)
+
+    def check_position(self) -> None:
+        """Raises InputError for a checkpoint that is nowhere in this run."""
+        state, steps = self.state, len(self.data.splits["train"]) // self.config.batch_size
+        path = self.run_dir / "last.pt"
+        if not state.done and state.phase >= len(self.phases):
+            raise InputError(
+                f"{path}: damaged: it is in phase {state.phase} of {len(self.phases)}; remove it"
+            )
+        if state.step_in_epoch > steps:
+            raise InputError(f"{path}: damaged: it is in step {state.step_in_epoch} of {steps}; remove it")
 
     def begin_phase(self) -> None:
         """Freezes what the phase freezes and makes its optimiser and loss scaler, unless it is under way already."""
@@ -107,8 +120,8 @@ class Trainer:
         self.model = data_parallel(self.network, runtime)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
         if self.saved and self.state.phase_epoch + self.state.step_in_epoch > 0:
-            self.optimizer.load_state_dict(self.saved["optimizer"])
-            self.scaler.load_state_dict(self.saved["scaler"])
+            with runtime.agree():
+                checkpoint.restore(self.optimizer, self.scaler, self.run_dir / "last.pt", self.saved)
             if runtime.is_main:  # the totals are sums over the ranks, so one of them carries what was there
                 self.counter.sums += torch.tensor(Totals(*self.state.totals), device=runtime.device)
 

@@ -27,6 +27,8 @@ from tests.training.test_trainer import STEPS, TINY, run_ranks
 
 JOB = "TORCHELASTIC_RUN_ID"
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher, so that a test sees each one's own end; as though on so many hosts."""
@@ -74,7 +76,7 @@ def test_a_lost_rank_ends_the_other_in_time(
     if (number, victim) == (signal.SIGSTOP, 0):
         done = run_ranks(2, tiny_set, run)
         assert done.returncode == 0, done.stderr
-        assert load(run / "last.pt")["position"]["step"] == STEPS
+        assert load(run / "last.pt").position.step == STEPS
         assert [epoch["train_count"] for epoch in events(run, "epoch")] == [40] * 4
 
 
@@ -109,7 +111,7 @@ def test_a_host_that_was_not_told_to_stop_does_not_call_it_done(
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [code, 0]
     lines = [line for line in said[0].splitlines() if line.startswith("error:")]
-    stopped = load(run / "last.pt")["position"]["step"]
+    stopped = load(run / "last.pt").position.step
     assert lines == (
         [
             f"error: rank 0: stopped after step {stopped}, all saved, since another host was asked to; "
@@ -126,11 +128,11 @@ def test_a_restart_of_the_same_job_takes_the_run_over(
     path = tmp_path / "last.pt"
     monkeypatch.setenv(JOB, "job-7")
     frozen = RunLock(tmp_path)
-    checkpoint.save(path, {"step": 1}, best=False, claim=frozen)
+    checkpoint.save(path, {"step": 1}, best=False, lock=frozen)
     restarted = RunLock(tmp_path)
-    checkpoint.save(path, {"step": 2}, best=False, claim=restarted)
+    checkpoint.save(path, {"step": 2}, best=False, lock=restarted)
     with pytest.raises(InputError, match="taken over by a restart"):
-        checkpoint.save(path, {"step": 1}, best=True, claim=frozen)
+        checkpoint.save(path, {"step": 1}, best=True, lock=frozen)
     assert torch.load(path)["step"] == 2 and not (tmp_path / "best.pt").exists()
     monkeypatch.setenv(JOB, "job-8")
     with pytest.raises(InputError, match="another process is training there"):

@@ -37,7 +37,7 @@ def test_raw_has_the_pixels_of_cpu(fresh: Split) -> None:
 
 
 def test_many_ranks_make_one_raw_file(fresh: Split, capfd: pytest.CaptureFixture) -> None:
-    (fresh.path.parent / ".train.raw.99999").write_bytes(b"left by a killed process")
+    (fresh.path.parent / ".train.raw.99999.partial").write_bytes(b"left by a killed process")
     threads = [threading.Thread(target=DecodedImages, args=(fresh, 1)) for _ in range(3)]
     for thread in threads:
         thread.start()

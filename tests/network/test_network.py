@@ -139,7 +139,7 @@ class OperatorsOn(TorchDispatchMode):
         self.names: list[str] = []
         self.results: list[Tensor] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if isinstance(args[0], Tensor) and args[0].data_ptr() == self.address:
             self.names.append(str(func))
@@ -181,7 +181,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "fc.pth")
     (tmp_path / "noise.pth").write_bytes(b"PK\x03\x04 not a zip")
     cases = {
-        "deep.pth": r"layer1.0.conv1.weight is \[64, 64, 1, 1\], ResNet-18 has \[64, 64, 3, 3\]",
+        "deep.pth": r"layer1.0.conv1.weight is \[64, 64, 1, 1\], not \[64, 64, 3, 3\]; give the weights of a ResNet-18",
         "fc.pth": "has no tensor conv1.weight",
         "noise.pth": "not a readable PyTorch file",
         "none.pth": "no such file",
@@ -195,4 +195,4 @@ def test_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
     baseline = Network(Config(image_size=64), 5)
     lstm = Network(Config(network="lstm", image_size=64), 5)
     with pytest.raises(InputError, match=r"x\.pt: a checkpoint of another network: lstm"):
-        checkpoint.load_model(lstm, tmp_path / "x.pt", {"model": baseline.state_dict()})
+        checkpoint.load_model(lstm, tmp_path / "x.pt", baseline.state_dict())

@@ -86,9 +86,7 @@ def test_records(whole: Path) -> None:
 def test_frozen_phase_leaves_the_convolutions_to_the_bit(whole: Path, tiny_set: Path, tmp_path: Path) -> None:
     run_here(tiny_set, tmp_path / "one", "--max-steps", "1")
     run_here(tiny_set, tmp_path / "head", "--max-steps", "10")
-    start, frozen, end = (
-        load(run / "last.pt")["model"] for run in (tmp_path / "one", tmp_path / "head", whole)
-    )
+    start, frozen, end = (load(run / "last.pt").model for run in (tmp_path / "one", tmp_path / "head", whole))
     backbone = [name for name in start if name.startswith("backbone.")]
     assert all(torch.equal(start[name], frozen[name]) for name in backbone)
     assert not any(torch.equal(start[n], frozen[n]) for n in start if n not in backbone)
@@ -124,7 +122,7 @@ def test_a_signal_saves_and_the_same_command_continues(
         _, said = process.communicate()
     assert process.returncode == 0, said
     assert "all saved; the same command continues" in said
-    assert not load(run / "last.pt")["position"]["done"]
+    assert not load(run / "last.pt").position.done
     run_here(tiny_set, run)
     assert_same_end(run, whole)
 
@@ -169,7 +167,7 @@ def test_a_signal_stops_two_ranks_after_the_same_step(
         process.terminate()
         _, said = process.communicate()
     assert "all saved; the same command continues" in said, said
-    assert not load(run / "last.pt")["position"]["done"]
+    assert not load(run / "last.pt").position.done
     # Another number of ranks finishes it: the same steps on the same samples, the sums in another order.
     assert run_ranks(1, tiny_set, run).returncode == 0
     assert [e["step"] for e in events(run, "step")] == [e["step"] for e in events(whole_on_two, "step")]
@@ -200,7 +198,7 @@ def test_ranks_and_accumulation_compute_the_same_step(tiny_set: Path, tmp_path: 
     run_here(tiny_set, tmp_path / "parts", *flags, "--accumulate", "3")
     done = run_ranks(2, tiny_set, tmp_path / "ranks", *flags, "--accumulate", "2")
     assert done.returncode == 0, done.stderr
-    one, *others = (load(tmp_path / run / "last.pt")["model"] for run in ("one", "parts", "ranks"))
+    one, *others = (load(tmp_path / run / "last.pt").model for run in ("one", "parts", "ranks"))
     for other in others:
         for name in ("classifier.weight", "classifier.bias"):
             torch.testing.assert_close(other[name], one[name], rtol=1e-5, atol=1e-6)
@@ -270,6 +268,10 @@ def test_bad_run_directories_are_named(
     assert "no such set" in refused(
         capsys, monkeypatch, *TINY, "--data", tmp_path / "none", "--run-dir", tmp_path / "x"
     )
+    assert "--run-dir: invalid directory value: ''" in refused(capsys, monkeypatch, *given, "")
+    assert f"to train for longer, start from its weights: --weights {whole / 'last.pt'}" in refused(
+        capsys, monkeypatch, *given, whole, "--epochs", "3"
+    )
 
 
 def test_debug_shows_the_traceback(
@@ -295,7 +297,7 @@ def test_what_may_change_when_a_run_continues(tiny_set: Path, tmp_path: Path, wh
     """How often it records changes no result, and naming the stages in another order is no other network."""
     run_here(tiny_set, tmp_path / "run", "--max-steps", "3", "--stages", "conv5,conv4")
     assert run_here(tiny_set, tmp_path / "run", "--log-every", "7", "--stages", "conv4,conv5")["done"]
-    continued, straight = (load(run / "last.pt")["model"] for run in (tmp_path / "run", whole))
+    continued, straight = (load(run / "last.pt").model for run in (tmp_path / "run", whole))
     assert all(torch.equal(continued[name], straight[name]) for name in straight)
 
 
@@ -350,7 +352,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             "2",
         )
         assert f"{run}/" in line and ": no space left on the disk; the previous checkpoint is intact" in line
-        assert load(run / "last.pt")["position"]["step"] == 3
+        assert load(run / "last.pt").position.step == 3
         assert not list(run.glob(".*.*"))
     finally:
         subprocess.run(["umount", str(run)], check=True)
@@ -385,7 +387,7 @@ def test_label_smoothing_trains_and_is_not_in_the_recorded_loss(tiny_set: Path, 
     plain, smooth = (tmp_path / "0", tmp_path / "0.5")
     assert events(plain, "step") == events(smooth, "step")
     name = "classifier.weight"
-    assert not torch.equal(load(plain / "last.pt")["model"][name], load(smooth / "last.pt")["model"][name])
+    assert not torch.equal(load(plain / "last.pt").model[name], load(smooth / "last.pt").model[name])
 
 
 def test_imagenet_weights_without_a_network(

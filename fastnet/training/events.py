@@ -1,0 +1,67 @@
+"""The lines of metrics.jsonl, and how they are read back. Needs no PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from fastnet.errors import InputError
+
+
+class PhaseEvent(msgspec.Struct, tag_field="event", tag="phase"):
+    """A phase begins after `step` steps."""
+
+    phase: str
+    step: int
+
+
+class StepEvent(msgspec.Struct, tag_field="event", tag="step"):
+    """Means over the steps since the last record."""
+
+    step: int
+    train_loss: float
+    train_top1: float
+
+
+class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
+    """An epoch's means over training and its validation; losses in nats, the others as fractions."""
+
+    phase: str
+    epoch: int
+    step: int
+    train_loss: float
+    train_top1: float
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    val_count: int
+    images_per_s: float = 0.0
+
+
+Event = PhaseEvent | StepEvent | EpochEvent
+
+
+def read_events(path: Path, length: int | None = None) -> list[Event]:
+    """The lines of a metrics.jsonl, or of its first `length` bytes.
+
+    Raises InputError naming the file, and the line that is damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the directory of a run that has begun")
+    try:
+        with path.open("rb") as file:
+            lines = file.read(-1 if length is None else length).splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    decoder = msgspec.json.Decoder(PhaseEvent | StepEvent | EpochEvent)
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events.append(decoder.decode(line))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            reason = str(error).partition(" - at")[0]
+            raise InputError(
+                f"{path}, line {number}: not a record of training ({reason}); restore the file from a copy"
+            ) from error
+    return events

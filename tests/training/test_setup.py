@@ -1,0 +1,41 @@
+"""Runs that could not make their first step are refused before it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastnet.config import Config
+from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
+from fastnet.training.setup import check_sizes
+
+
+def test_lstms_that_no_memory_holds() -> None:
+    """At 2048 px conv4 has 16,384 hidden units: 4 groups of 2 * 4 * H * (H + 1) parameters."""
+    config = Config(network="lstm", image_size=2048)
+    with pytest.raises(
+        InputError, match=r"--image-size 2048: the LSTMs of conv4, conv5 have 9,\d\d\d million"
+    ):
+        check_sizes(config, Runtime(torch.device("cpu")))
+    check_sizes(replace(config, network="baseline"), Runtime(torch.device("cpu")))
+    check_sizes(replace(config, image_size=224), Runtime(torch.device("cpu")))
+
+
+def test_one_value_is_too_few_for_batch_norm() -> None:
+    config = Config(image_size=32, batch_size=8)
+    check_sizes(config, Runtime(torch.device("cpu"), world_size=4))
+    for refused in (Runtime(torch.device("cpu"), world_size=8), Runtime(torch.device("cpu"), world_size=5)):
+        with pytest.raises(
+            InputError, match="--batch-size 8: some rank trains on 1 image at a time, in which conv5"
+        ):
+            check_sizes(config, refused)
+    with pytest.raises(InputError, match="--batch-size 8"):
+        check_sizes(replace(config, accumulate=8), Runtime(torch.device("cpu")))
+    check_sizes(replace(config, image_size=64), Runtime(torch.device("cpu"), world_size=8))
+    frozen = replace(config, head_epochs=1, epochs=0)
+    check_sizes(frozen, Runtime(torch.device("cpu"), world_size=8))
+    of_conv4 = replace(config, network="lstm", stages=("conv4",))
+    check_sizes(of_conv4, Runtime(torch.device("cpu"), world_size=8))
