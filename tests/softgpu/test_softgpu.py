@@ -18,6 +18,7 @@ GROUPS = {
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
     "graphs": (["check_graphs.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
+    "commands": (["check_commands.py"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "lstm": (["check_training.py", "-k", "lstm"], []),
 }

@@ -1,0 +1,113 @@
+"""Training, evaluation, ensemble and predictions on "cuda", from start to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import softgpu
+from fastnet import ensemble, evaluate, predict, train
+from fastnet.training.checkpoint import load
+from fastnet.training.trainer import Trainer
+from tests.softgpu.trainers import begin, tiny_trainer
+from tests.support.runs import assert_same_end, events
+
+# Two phases of one epoch, five steps each.
+FLAGS = ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--epochs", "1", "--lr", "0.005"]
+FLAGS += ["--log-every", "2", "--threads", "1"]
+
+
+def run_here(data: Path, run: Path, *flags: str) -> dict[str, Any]:
+    return train.main(["sample", *FLAGS, "--data", str(data), "--run-dir", str(run), *flags])
+
+
+@pytest.fixture(scope="module")
+def baseline(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In fp16 with loss scaling, in one go."""
+    run = tmp_path_factory.mktemp("runs") / "baseline"
+    assert run_here(tiny_set, run, "--network", "baseline", "--precision", "fp16")["done"]
+    return run
+
+
+@pytest.fixture(scope="module")
+def lstm(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In bf16, by torch's LSTMs, from images decoded once."""
+    run = tmp_path_factory.mktemp("runs") / "lstm"
+    assert run_here(tiny_set, run, "--network", "lstm", "--backend", "torch", "--decode", "raw")["done"]
+    return run
+
+
+def test_records(baseline: Path, lstm: Path) -> None:
+    for run, precision, decode in ((baseline, "float16", "gpu"), (lstm, "bfloat16", "raw")):
+        assert [(e["phase"], e["step"]) for e in events(run, "epoch")] == [("head", 5), ("full", 10)]
+        assert all(e["val_count"] == 10 for e in events(run, "epoch"))
+        manifest = (run / "manifest.json").read_text()
+        assert all(f'"{value}"' in manifest for value in ("cuda", precision, decode))
+        tensors = load(run / "last.pt").model.values()
+        assert all(t.device.type == "cpu" and t.isfinite().all() for t in tensors)
+
+
+def test_a_stopped_run_continues_to_the_bit(
+    baseline: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by --max-steps in the first phase and by a signal in the second."""
+    flags = ("--network", "baseline", "--precision", "fp16")
+    assert not run_here(tiny_set, tmp_path / "run", *flags, "--max-steps", "3")["done"]
+    given = Trainer.train_step
+
+    def step(self: Trainer) -> None:
+        given(self)
+        if self.state.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", step)
+        assert run_here(tiny_set, tmp_path / "run", *flags)["step"] == 8
+    assert run_here(tiny_set, tmp_path / "run", *flags)["done"]
+    assert_same_end(tmp_path / "run", baseline)
+
+
+def test_after_training(baseline: Path, lstm: Path, tiny_set: Path, tmp_path: Path) -> None:
+    data = ["--data", str(tiny_set)]
+    for run in (baseline, lstm):
+        last = events(run, "epoch")[-1]
+        scores = evaluate.main([str(run), *data, "--checkpoint", "last"])
+        assert scores["count"] == 10 and scores["top1"] == last["val_top1"]
+        # The validation ran in batches of another size.
+        assert scores["loss"] == pytest.approx(last["val_loss"], rel=torch.finfo(torch.float16).eps)
+    both = ensemble.main([str(baseline), str(lstm), *data])
+    assert both["count"] == 10 and len(both["runs"]) == 2
+    predict.main([str(baseline), str(lstm), *data, "--out", str(tmp_path / "predictions.txt")])
+    assert len((tmp_path / "predictions.txt").read_text().splitlines()) == 5
+
+
+def test_the_window_of_a_profiler(tiny_set: Path, tmp_path: Path) -> None:
+    """Opened and closed once, waiting for the device at both ends; another way to decode, too."""
+    flags = ("--network", "baseline", "--decode", "cpu", "--profile-steps", "1:3", "--max-steps", "4")
+    with softgpu.watch() as seen:
+        run_here(tiny_set, tmp_path / "run", *flags)
+    assert seen.counts["profiles"] == 1
+    assert len([wait for wait in seen.waits if "profiling.py" in wait]) == 2
+
+
+def test_records_and_validation_read_the_device_once(tiny_set: Path, tmp_path: Path) -> None:
+    with tiny_trainer("baseline", "cuda", torch.bfloat16, tiny_set, tmp_path) as trainer:
+        begin(trainer, 0)
+        trainer.state.logged = [0] * len(trainer.counter.sums)
+        trainer.train_step()
+        for action in (trainer.interval_record, trainer.evaluate):
+            with softgpu.watch() as seen:
+                action()
+            # A blocking copy of the totals, which CUDA waits for and then torch.
+            assert seen.counts["d2h"] == 1 and len(seen.waits) == 2, seen.waits
+
+
+def test_one_gpu_more_than_there_is(monkeypatch: pytest.MonkeyPatch, tiny_set: Path, tmp_path: Path) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(Exception, match="more ranks than the 1 GPUs"):
+        run_here(tiny_set, tmp_path / "run")
