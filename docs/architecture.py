@@ -41,7 +41,7 @@ HEADING, LINE = 0.3, 0.15  # heights, where rows are 1 apart
 def rooms() -> tuple[dict[str, list[str]], Arrows]:
     """The modules of each box, and the boxes that each of them imports.
 
-    A module of fastnet that a package imports, such as `config`, is shared by all; arrows to those are left out.
+    Modules beside the packages that others import, such as `config`, are shared; arrows to those are left out.
     """
     graph = grimp.build_graph(
         "fastnet", "fastnet_kernels", cache_dir=None, exclude_type_checking_imports=True
@@ -50,10 +50,7 @@ def rooms() -> tuple[dict[str, list[str]], Arrows]:
         module.split(".")[1] for module in graph.find_children("fastnet") if graph.find_children(module)
     }
     used = {
-        imported
-        for package in packages
-        for module in graph.find_descendants(f"fastnet.{package}")
-        for imported in graph.find_modules_directly_imported_by(module)
+        imported for module in graph.modules for imported in graph.find_modules_directly_imported_by(module)
     }
 
     def room(module: str) -> str:

@@ -1,6 +1,7 @@
 """The settings of a run: frozen dataclasses, and presets as functions.
 
-Every field is a flag of the command line (`cli.SettingsParser`); its metadata hold help text and allowed values.
+Every field is also a flag of the command line (`cli.SettingsParser`). Its metadata hold the help text and the allowed
+values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import msgspec
 
 from fastnet.errors import InputError
 
-MAX_NUMBER = 10**12  # no count of this program is larger; float64 still holds its products
+MAX_NUMBER = 10**12  # no count of this program is larger, and float64 still holds products of it
 STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
 
 
@@ -26,17 +27,21 @@ def _flag(default: Any, group: str, text: str, **extra: Any) -> Any:
 
 @dataclass(frozen=True)
 class Augment:
-    """What training does to an image. Probabilities in 0..1, areas as fractions of the image."""
+    """What training does to an image. Probabilities lie in 0..1; areas are fractions of the image."""
 
     policy: str = _flag(
         "none",
         "augmentation",
-        "colour and shape changes",
+        "random changes of colour and shape",
         flag="--augment",
         choices=("none", "jitter", "trivial", "rand"),
     )
     min_crop: float = _flag(
-        0.25, "augmentation", "smallest area of the random resized crop", above=0, within=(0, 1)
+        0.25,
+        "augmentation",
+        "smallest area that a random crop keeps, as a fraction of the image",
+        above=0,
+        within=(0, 1),
     )
     flip: float = _flag(0.5, "augmentation", "probability of a horizontal flip", within=(0, 1))
     erase: float = _flag(0.0, "augmentation", "probability of erasing a random box", within=(0, 1))
@@ -44,56 +49,91 @@ class Augment:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Sizes in pixels, batch sizes in images, learning rates per global batch."""
+    """The settings of one run. Sizes are in pixels, batch sizes in images; learning rates are for the global batch."""
 
     network: str = _flag("baseline", "network", "which network to train", choices=("baseline", "lstm"))
-    depth: int = _flag(18, "network", "layers of the ResNet", choices=(18, 34, 50))
-    image_size: int = _flag(224, "network", "input height and width, a multiple of 32", within=(32, 4096))
-    stages: tuple[str, ...] = _flag(
-        ("conv4", "conv5"), "network", "stages read by LSTMs, comma separated, of conv2 to conv5"
+    depth: int = _flag(18, "network", "number of layers of the ResNet", choices=(18, 34, 50))
+    image_size: int = _flag(
+        224, "network", "height and width of the input in pixels, a multiple of 32", within=(32, 4096)
     )
-    seq_len: int = _flag(64, "network", "channels in a sequence, a divisor of the stages' channels", least=1)
-    weights: str = _flag("imagenet", "network", "imagenet, none, or a file of ResNet weights or a checkpoint")
+    stages: tuple[str, ...] = _flag(
+        ("conv4", "conv5"),
+        "network",
+        "stages that LSTMs read: some of conv2, conv3, conv4, conv5, separated by commas",
+    )
+    seq_len: int = _flag(
+        64, "network", "channels in a group, its time steps; must divide the channels of each stage", least=1
+    )
+    weights: str = _flag(
+        "imagenet",
+        "network",
+        "what the ResNet starts from: imagenet, none (random), or a file with ResNet weights or a checkpoint",
+    )
     backend: Literal["auto", "triton", "torch"] = _flag(
-        "auto", "network", "what runs the LSTMs", choices=("auto", "triton", "torch")
+        "auto",
+        "network",
+        "what computes the LSTMs; auto: triton on a GPU that it supports, else torch",
+        choices=("auto", "triton", "torch"),
     )
 
-    decode: str = _flag("auto", "data", "where JPEGs are decoded", choices=("auto", "gpu", "cpu", "raw"))
+    decode: str = _flag(
+        "auto",
+        "data",
+        "where JPEGs are decoded; raw: once, into a file beside the set",
+        choices=("auto", "gpu", "cpu", "raw"),
+    )
     threads: int = _flag(
-        0, "data", "CPU threads of a rank; 0 shares the cores among the ranks", within=(0, 1024)
+        0, "data", "CPU threads per rank; 0 divides the cores among the ranks", within=(0, 1024)
     )
     eval_crop: float = _flag(
-        1.0, "data", "side of the evaluation's centre crop / resized side", above=0, within=(0, 1)
+        1.0,
+        "data",
+        "side of the centre crop in validation, as a fraction of the resized image's",
+        above=0,
+        within=(0, 1),
     )
     augment: Augment = field(default_factory=Augment)
 
-    batch_size: int = _flag(256, "training", "images of an optimiser step, over all ranks", least=1)
-    accumulate: int = _flag(1, "training", "parts in which a rank computes its share of a batch", least=1)
-    head_epochs: int = _flag(0, "training", "epochs with frozen convolutions (at most)", least=0)
-    plateau: int = _flag(0, "training", "end the frozen phase after N epochs without a better top-1", least=0)
-    plateau_delta: float = _flag(0.001, "training", "what counts as a better top-1 there", within=(0, 1))
-    epochs: int = _flag(15, "training", "epochs of the whole network", least=0)
-    lr: float = _flag(0.02, "training", "peak learning rate of the whole network", above=0)
-    head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
-    optimizer: str = _flag("sgd", "training", "update rule", choices=("sgd", "adamw"))
-    head_optimizer: str = _flag(
-        "adamw", "training", "update rule of the frozen phase", choices=("sgd", "adamw")
+    batch_size: int = _flag(256, "training", "images per optimiser step, over all ranks", least=1)
+    accumulate: int = _flag(
+        1, "training", "parts in which a rank computes its share of a batch, to save memory", least=1
     )
-    momentum: float = _flag(0.9, "training", "momentum of sgd (Nesterov)", within=(0, 1))
-    weight_decay: float = _flag(1e-4, "training", "weight decay of all but biases and batch norms", least=0)
+    head_epochs: int = _flag(0, "training", "epochs with frozen convolutions, at most", least=0)
+    plateau: int = _flag(
+        0, "training", "end the frozen phase after N epochs without a better top-1; 0: never", least=0
+    )
+    plateau_delta: float = _flag(
+        0.001, "training", "by how much top-1 must rise to count as better there", within=(0, 1)
+    )
+    epochs: int = _flag(15, "training", "epochs in which the whole network trains", least=0)
+    lr: float = _flag(0.02, "training", "peak learning rate while the whole network trains", above=0)
+    head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
+    optimizer: str = _flag(
+        "sgd", "training", "optimiser while the whole network trains", choices=("sgd", "adamw")
+    )
+    head_optimizer: str = _flag(
+        "adamw", "training", "optimiser of the frozen phase", choices=("sgd", "adamw")
+    )
+    momentum: float = _flag(0.9, "training", "momentum of SGD (Nesterov)", within=(0, 1))
+    weight_decay: float = _flag(1e-4, "training", "weight decay, except for biases and batch norms", least=0)
     label_smoothing: float = _flag(0.1, "training", "label smoothing", within=(0, 1))
     warmup: float = _flag(
-        1.0, "training", "epochs of linear warmup at the start of a phase", within=(0, 10_000)
+        1.0, "training", "epochs of linear warmup at the start of each phase", within=(0, 10_000)
     )
     precision: str = _flag(
-        "auto", "training", "arithmetic of the network", choices=("auto", "bf16", "fp16", "fp32")
+        "auto",
+        "training",
+        "arithmetic of the network; auto: bf16 or fp16 on a GPU, fp32 on the CPU",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
     device: str = _flag("auto", "training", "where to train", choices=("auto", "cuda", "cpu"))
-    seed: int = _flag(0, "training", "seed of weights, order and augmentation", within=(0, 2**32 - 1))
-    max_steps: int = _flag(0, "training", "stop after N steps in all; 0 runs to the end", least=0)
+    seed: int = _flag(0, "training", "seed of initial weights, order and augmentation", within=(0, 2**32 - 1))
+    max_steps: int = _flag(0, "training", "stop after N steps in all; 0: train to the end", least=0)
     checkpoint_every: str = _flag(
-        "5m", "training", "steps or time between checkpoints, such as 500, 30s, 5m (each epoch saves too)"
+        "5m",
+        "training",
+        "steps or time between checkpoints, such as 500, 30s, 5m or 1h; every epoch ends with one as well",
     )
     timeout: float = _flag(
         300.0,
@@ -104,7 +144,7 @@ class Config:
     )
     log_every: int = _flag(20, "training", "steps between records of the training loss", least=1)
     profile_steps: str = _flag(
-        "none", "training", "A:B profiles the steps after step A up to step B; benchmarks/README.md"
+        "none", "training", "A:B profiles the steps after step A up to step B, see benchmarks/README.md"
     )
 
     def __post_init__(self) -> None:
@@ -117,7 +157,7 @@ class Config:
             raise InputError(
                 f"--stages {','.join(self.stages)}: name some of {', '.join(STAGE_STRIDES)}, each at most once"
             )
-        # The order in which stages are named makes no other network.
+        # The order in which the stages are named does not matter.
         object.__setattr__(self, "stages", tuple(sorted(self.stages)))
         if self.network == "lstm":
             for stage in self.stages:
@@ -137,7 +177,7 @@ class Config:
 
     @property
     def lstm_stages(self) -> list[tuple[int, int, int]]:
-        """(groups, sequence length, hidden size) of each stage that LSTMs read, shallow to deep."""
+        """(groups, sequence length, hidden size) of each stage that LSTMs read, from shallow to deep."""
         return [
             (
                 stage_channels(self.depth, stage) // self.seq_len,
@@ -149,7 +189,7 @@ class Config:
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
-        """Steps done before and after what is profiled."""
+        """The numbers of steps done before and after the part that is profiled; None without --profile-steps."""
         if self.profile_steps == "none":
             return None
         first, _, last = self.profile_steps.partition(":")
@@ -157,7 +197,7 @@ class Config:
 
     @property
     def checkpoint_interval(self) -> tuple[int, float]:
-        """(steps, seconds) between checkpoints, of which one is 0."""
+        """(steps, seconds) between checkpoints; one of the two is 0."""
         every = self.checkpoint_every
         if every.isdigit():
             return int(every), 0.0
@@ -173,7 +213,7 @@ class Config:
 
 
 def check_image_size(size: int) -> None:
-    """Raises InputError unless the five halvings of a ResNet divide `size`."""
+    """Raises InputError unless a ResNet can halve `size` five times."""
     below, above = max(1, size // 32) * 32, max(1, -(-size // 32)) * 32
     if size != below:
         raise InputError(f"--image-size {size}: must be a multiple of 32, such as {below} or {above}")
@@ -186,7 +226,7 @@ def stage_channels(depth: int, stage: str) -> int:
 
 
 def paper(network: str) -> Config:
-    """The paper's experiments: pretrained ResNet-18 at 224 px; the LSTMs first alone until top-1 is flat."""
+    """The paper's experiments: pretrained ResNet-18 at 224 px. The LSTMs train alone first, until top-1 is flat."""
     lstm = network == "lstm"
     return Config(network=network, head_epochs=20 if lstm else 0, plateau=3 if lstm else 0)
 
@@ -220,12 +260,12 @@ PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "sample": sample,
 
 
 def choose_preset(name: str | None, data_kind: str) -> Callable[[str], Config]:
-    """The preset by its name; without one, `sample` for the generated sample set and `paper` for other data."""
+    """The preset of that name. None means `sample` for the generated sample set and `paper` for other data."""
     return PRESETS[name or ("sample" if data_kind == "sample" else "paper")]
 
 
 def with_flags(config: Config, flags: dict[str, Any]) -> Config:
-    """`config` with the given flags put over it. Raises InputError for a value out of range."""
+    """`config` with the values of the given flags. Raises InputError for a value out of range."""
     inner = {item.name for item in dataclasses.fields(Augment)}
     outer = {item.name for item in dataclasses.fields(Config)}
     augment = replace(config.augment, **{k: v for k, v in flags.items() if k in inner})
