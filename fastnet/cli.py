@@ -67,6 +67,12 @@ class SettingsParser(Parser):
             "at 128 px in fewer epochs) or sample (64 px from random weights, minutes on a CPU); default: sample "
             "for the generated sample set, else paper",
         )
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            type=Path,
+            help="settings from a TOML file, or from another run's manifest.json; flags override them",
+        )
         self.settings: list[tuple[argparse.Action, type, str]] = []
         groups: dict[str, Any] = {}
         for owner in (Config, Augment):

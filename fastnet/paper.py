@@ -20,11 +20,12 @@ import torch
 
 from fastnet import ensemble, figures, predict
 from fastnet.cli import SettingsParser, as_arguments, directory, run_command
-from fastnet.config import choose_preset, with_flags
+from fastnet.config import PRESETS, choose_preset
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
+from fastnet.settings import file_settings
 
 # Errors of "Exploring Methods on Tiny ImageNet Problem": test, and validation where the paper gives it.
 PAPER = {"baseline": (0.338, None), "lstm": (0.386, 0.3341), "average": (0.329, None)}
@@ -50,23 +51,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     given = parser.parse(argv)
     if "network" in given:
         raise InputError("--network: this command trains both; leave the flag out, or use fastnet.train")
-    if "head_epochs" in given:
+    named = {**file_settings(given), **given}
+    if named.get("head_epochs"):
         print(
             "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase", file=sys.stderr
         )
 
     out, data = given["out"], default_set(given["data"])
-    preset = choose_preset(given["preset"], data.source["kind"])
+    preset = choose_preset(given["preset"], data.source["kind"]).__name__
     runs = {network: out / network for network in ("baseline", "lstm")}
     for network, run_dir in runs.items():
         flags = dict(given)
         if network == "baseline":
-            flags.pop("head_epochs", None)
-        elif with_flags(preset(network), flags).weights == "none" and "weights" not in flags:
+            flags["head_epochs"] = 0
+        elif "weights" not in named and PRESETS[preset](network).weights == "none":
             # Without ImageNet weights, the frozen phase reads the convolutions that the baseline has learned.
             flags["weights"] = str(runs["baseline"] / "best.pt")
-        line = [preset.__name__, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
-        line += as_arguments(flags)
+        line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
+        line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
         print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
         if not train(line):
             print(f"{run_dir}: stopped; the same command continues")

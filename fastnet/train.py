@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import SettingsParser, directory, run_command
-from fastnet.config import Config, choose_preset, with_flags
 from fastnet.data.default import default_set
 from fastnet.distributed.device import choose_precision
 from fastnet.distributed.lock import run_lock
 from fastnet.distributed.ranks import joined
+from fastnet.settings import as_toml, settings_of
 from fastnet.training.trainer import Trainer
 
 
@@ -37,13 +37,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--run-dir", type=directory, metavar="DIR", help="run directory; default: runs/NETWORK"
     )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the settings as TOML, for --config, and do not train",
+    )
     given = parser.parse(argv)
+    if given["print_config"]:
+        config = settings_of(given, default_set(given["data"]).source["kind"])
+        print(as_toml(config), end="")
+        return {"config": config.to_json()}
 
-    with joined(given.get("timeout", Config.timeout), given.get("device", Config.device)) as runtime:
+    # Which data there is can change the preset, but no preset says how the ranks meet.
+    meeting = settings_of(given, data_kind="unknown")
+    with joined(meeting.timeout, meeting.device) as runtime:
         with runtime.agree():
             data = default_set(given["data"])
-            preset = choose_preset(given["preset"], data.source["kind"])
-            config = with_flags(preset(given.get("network", Config.network)), given)
+            config = settings_of(given, data.source["kind"])
             runtime.amp = choose_precision(config.precision, runtime.device)
         run_dir = given["run_dir"] or Path("runs") / config.network
         with run_lock(run_dir, runtime) as lock:
