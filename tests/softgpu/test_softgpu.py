@@ -19,6 +19,7 @@ GROUPS = {
     "graphs": (["check_graphs.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "commands": (["check_commands.py"], []),
+    "kernels": (["check_kernels.py"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "lstm": (["check_training.py", "-k", "lstm"], []),
 }

@@ -14,6 +14,9 @@ import torch
 
 import softgpu
 from fastnet.training.trainer import Trainer
+from tests.kernels.test_gpu import (
+    test_one_binary_for_every_batch_size as test_one_binary_for_every_batch_size,
+)
 from tests.softgpu.trainers import begin, tiny_trainer
 
 BUDGETS = Path(__file__).parents[1] / "budgets.json"
