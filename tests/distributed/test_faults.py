@@ -27,8 +27,6 @@ from tests.training.test_trainer import STEPS, TINY, run_ranks
 
 JOB = "TORCHELASTIC_RUN_ID"
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher, so that a test sees each one's own end; as though on so many hosts."""
@@ -55,6 +53,8 @@ def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[su
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_rank_ends_the_other_in_time(
@@ -80,6 +80,8 @@ def test_a_lost_rank_ends_the_other_in_time(
         assert [epoch["train_count"] for epoch in events(run, "epoch")] == [40] * 4
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: Path) -> None:
     """Twice: torchrun keeps its store, and the new ranks must not take the addresses of dead ones from it."""
     run = tmp_path / "run"
@@ -99,6 +101,8 @@ def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: 
     assert len(json.loads((run / "manifest.json").read_text())["sessions"]) == 3
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("hosts", "code"), [(1, 0), (2, 1)])
 def test_a_host_that_was_not_told_to_stop_does_not_call_it_done(
     hosts: int, code: int, tiny_set: Path, tmp_path: Path
