@@ -144,5 +144,5 @@ def test_empty_missing_and_unwritable_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/metrics\.jsonl: no such file"):
         main([str(tmp_path / "nowhere"), "--out", str(tmp_path)])
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"metrics\.jsonl: ends before the first logged step"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: nothing has been recorded yet"):
         main([str(run), "--out", str(tmp_path)])
