@@ -12,7 +12,7 @@ if [ "$#" -eq 0 ]; then
     exit 2
 fi
 out=${OUT:-runs/profiles}
-kernels=${KERNELS:-'regex:^(forward|backward|project|weight_gradient|input_gradient)_kernel$'}
+kernels=${KERNELS:-'regex:^(forward|backward|project|weight_gradient|input_gradient|pack|unpack)_kernel$'}
 mkdir -p "$out"
 # shellcheck disable=SC2086  # flags are words
 exec "${NCU:-ncu}" \

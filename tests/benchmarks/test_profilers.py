@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -24,3 +25,16 @@ def test_profiler_scripts_name_a_file_per_rank(script: str, tool: str, flag: str
     assert str(tmp_path / "out" / "rank3") in said.partition(flag)[2]
     assert (tmp_path / "out").is_dir()
     assert subprocess.run([str(path)], env=env, capture_output=True, text=True).returncode == 2
+
+
+def test_ncu_measures_every_kernel_of_the_lstms() -> None:
+    script = (REPOSITORY / "benchmarks" / "ncu.sh").read_text(encoding="utf-8")
+    default = re.search(r"KERNELS:-'regex:(.*)'}", script)
+    sources = (REPOSITORY / "kernels" / "fastnet_kernels").glob("*.py")
+    kernels = [
+        name
+        for path in sources
+        for name in re.findall(r"@triton.jit.*\ndef (\w+_kernel)\(", path.read_text())
+    ]
+    assert default and len(kernels) >= 5
+    assert [name for name in kernels if not re.match(default[1], name)] == []
