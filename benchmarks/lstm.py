@@ -19,7 +19,8 @@ from torch import Tensor
 
 from benchmarks import harness, model
 from benchmarks.harness import Laps, Table
-from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers, recurrent_providers
+from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers
+from benchmarks.lstm_recurrent import recurrent_providers
 from fastnet.cli import run_command
 from fastnet.config import Config
 

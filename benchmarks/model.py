@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.model_tables import tables
 from fastnet_kernels import (
     ChannelGroupLSTM,
     Stage,
@@ -42,25 +43,43 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of a GPU, from NVIDIA's architecture whitepapers; the boost clock is taken as held."""
+    """Rates of a GPU as published; the boost clock of tensor-core work is taken as held."""
 
     arch: int
     sms: int
     ghz: float
-    tensor: (
-        int  # bf16 floating point operations a clock and SM, dense; on H100 that is wgmma, mma.sync has less
-    )
-    l2: int  # bytes a clock, the whole GPU; H100's is not published: A100's is taken
+    tensor: int  # bf16 floating point operations a clock and SM, dense; H100's is wgmma's, mma.sync has less
+    l2: int  # bytes a clock, the whole GPU
     dram: float  # GB/s
-    issue: int = 4  # warp instructions a clock and SM
-    shared: int = 1  # wavefronts of 128 bytes a clock and SM
+    source: str
+    issue: int = 4  # warp instructions a clock and SM: its four schedulers (both whitepapers)
+    shared: int = (
+        1  # wavefronts of 128 bytes a clock and SM: 32 banks of 4 bytes (CUDA C++ Best Practices Guide)
+    )
 
 
+# The only hardware figures of the project; kernels/README.md takes its tables from what they lead to.
 GPUS = {
-    "A100 SXM 80 GB": Gpu(80, 108, 1.41, 2048, 5120, 2039.0),
-    "H100 SXM": Gpu(90, 132, 1.83, 4096, 5120, 3350.0),
+    "A100 SXM 80 GB": Gpu(
+        arch=80,
+        sms=108,
+        ghz=1.41,
+        tensor=2048,
+        l2=5120,
+        dram=2039.0,
+        source="NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020); memory: A100 datasheet, 80 GB",
+    ),
+    "H100 SXM": Gpu(
+        arch=90,
+        sms=132,
+        ghz=1.83,
+        tensor=4096,
+        l2=5120,
+        dram=3350.0,
+        source="NVIDIA H100 Tensor Core GPU Architecture (whitepaper, 2022: 989.4 TFLOPS dense bf16 at 1.83 GHz);"
+        " memory: H100 datasheet; L2: not published, the A100's",
+    ),
 }
-RESOURCES = ("tensor", "issue", "shared", "l2", "dram")
 
 
 def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
@@ -218,18 +237,15 @@ def main(*, lengths: tuple[int, int] = STEPS, folder: Path = harness.RESULTS / "
             whole = 0.0
             for kernel in counted["conv4"]:
                 parts = [(STAGES[stage], counted[stage][kernel]) for stage in STAGES]
-                recurrent = kernel in RECURRENT
-                # The recurrent kernels take both stages in one launch, the GEMMs one after the other.
-                launches = [parts] if recurrent else [[one] for one in parts]
-                bounds = [bound(gpu, one, batch, recurrent=recurrent) for one in launches]
-                micro, why = sum(t for t, _ in bounds), max(bounds)[1]
+                micro, why = bound(gpu, parts, batch, recurrent=kernel in RECURRENT)
                 put("conv4,conv5", kernel, name, f"at least, batch {batch}", "us", micro, why)
                 whole += micro
             put("conv4,conv5", "all", name, f"at least, batch {batch}", "us", whole)
         for key, value in vars(gpu).items():
-            put("", "", name, f"parameter {key}", "", value)
+            if key != "source":
+                put("", "", name, f"parameter {key}", "", value, gpu.source)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.csv"
     harness.write_csv(path, rows)
-    print(path)
+    print(path, *tables(rows), sep="\n\n")
     return path

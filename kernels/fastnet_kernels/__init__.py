@@ -1,4 +1,4 @@
-"""Channel-group LSTMs: naive.py is the reference, fused.py the Triton kernels, op.py the operator."""
+"""Channel-group LSTMs: naive.py is the definition, op.py the operator; README.md says what to read in which order."""
 
 from .module import ChannelGroupLSTM
 from .naive import Stage, Weights, naive

@@ -16,7 +16,7 @@ from . import fused_backward, fused_forward, gemm, packing
 from .naive import Stage, Weights
 from .plan import BATCH_TILE, Plan, padded_batch, plans_for, sizes
 
-_PACK = 32  # inputs in a tile of packing and unpacking
+PACK_INPUTS = 32  # inputs in a tile of packing and unpacking
 _PARTS = 16  # at most so many partial sums of a weight gradient, each over at least so many rows:
 _PART_ROWS = 1024
 
@@ -74,8 +74,10 @@ def forward(
     keep_gates = save and not recompute
     with on_device(x):
         packed = pack(weights, plans, x.dtype)
-        _project(features, packed, weights, h, gates, plans, recompute=False)
-        recurrent_forward(gates, h, c, packed, out, plans, states=save, keep_gates=keep_gates)
+        _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=False)
+        recurrent_forward(
+            plans, gates=gates, h=h, c=c, packed=packed, out=out, states=save, keep_gates=keep_gates
+        )
     return (
         out,
         packed if save else x.new_empty(0),
@@ -105,24 +107,26 @@ def backward(
     with on_device(x):
         if gates.numel() == 0:
             gates = x.new_empty(size.gates)
-            _project(features, packed, weights, h, gates, plans, recompute=True)
+            _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=True)
         dgates = torch.empty_like(gates)
         dh, dc = (x.new_empty(size.carry, dtype=torch.float32) for _ in range(2))
-        recurrent_backward(gates, c, packed, dout.contiguous(), dgates, dh, dc, plans)
-        d_weights = _weight_gradients(features, h, dgates, weights, plans)
-        d_features = _input_gradients(features, packed, dgates, plans) if needs_dx else []
+        recurrent_backward(
+            plans, gates=gates, c=c, packed=packed, dout=dout.contiguous(), dgates=dgates, dh=dh, dc=dc
+        )
+        d_weights = _weight_gradients(features, weights, plans, h=h, dgates=dgates)
+        d_features = _input_gradients(features, plans, packed=packed, dgates=dgates) if needs_dx else []
     return d_features, d_weights
 
 
 def pack(weights: Sequence[Weights], plans: tuple[Plan, ...], dtype: torch.dtype) -> Tensor:
     """The weights of all stages in one flat buffer, as plan.py lays them out."""
     packed = weights[0].ih.new_empty(sizes(plans, 0).weights, dtype=dtype)
-    packing.pack_kernel[(sum(_blocks(p.padded, _PACK) * p.chunks * p.groups * 2 for p in plans),)](
+    packing.pack_kernel[(sum(_blocks(p.padded, PACK_INPUTS) * p.chunks * p.groups * 2 for p in plans),)](
         ih=tuple(w.ih.contiguous() for w in weights),
         hh=tuple(w.hh.contiguous() for w in weights),
         packed=packed,
         PLANS=plans,
-        BK=_PACK,
+        BK=PACK_INPUTS,
         num_warps=4,
     )
     return packed
@@ -131,7 +135,7 @@ def pack(weights: Sequence[Weights], plans: tuple[Plan, ...], dtype: torch.dtype
 def unpack(partial: Tensor, gradients: Sequence[Weights], plans: tuple[Plan, ...], parts: int) -> None:
     """Adds up the `parts` partial sums of each stage into its `gradients`, which are laid out as nn.LSTM's."""
     d_ih, d_hh, d_bias_ih, d_bias_hh = zip(*gradients, strict=True)
-    packing.unpack_kernel[(sum(_blocks(p.hidden, _PACK) * p.chunks * p.groups * 2 for p in plans),)](
+    packing.unpack_kernel[(sum(_blocks(p.hidden, PACK_INPUTS) * p.chunks * p.groups * 2 for p in plans),)](
         partial=partial,
         d_ih=d_ih,
         d_hh=d_hh,
@@ -139,19 +143,19 @@ def unpack(partial: Tensor, gradients: Sequence[Weights], plans: tuple[Plan, ...
         d_bias_hh=d_bias_hh,
         parts=parts,
         PLANS=plans,
-        BK=_PACK,
+        BK=PACK_INPUTS,
         num_warps=4,
     )
 
 
 def recurrent_forward(
+    plans: tuple[Plan, ...],
+    *,
     gates: Tensor,
     h: Tensor,
     c: Tensor,
     packed: Tensor,
     out: Tensor,
-    plans: tuple[Plan, ...],
-    *,
     states: bool,
     keep_gates: bool,
 ) -> None:
@@ -172,6 +176,8 @@ def recurrent_forward(
 
 
 def recurrent_backward(
+    plans: tuple[Plan, ...],
+    *,
     gates: Tensor,
     c: Tensor,
     packed: Tensor,
@@ -179,7 +185,6 @@ def recurrent_backward(
     dgates: Tensor,
     dh: Tensor,
     dc: Tensor,
-    plans: tuple[Plan, ...],
 ) -> None:
     batch = dout.shape[0]
     fused_backward.backward_kernel[_recurrent_grid(plans, batch)](
@@ -207,12 +212,12 @@ def _blocks(size: int, block: int) -> int:
 
 def _project(
     features: Sequence[Tensor],
-    packed: Tensor,
     weights: Sequence[Weights],
-    h: Tensor,
-    gates: Tensor,
     plans: tuple[Plan, ...],
     *,
+    packed: Tensor,
+    h: Tensor,
+    gates: Tensor,
     recompute: bool,
 ) -> None:
     batch, tiles = features[0].shape[0], gemm_tiles(packed.dtype)
@@ -233,7 +238,7 @@ def _project(
 
 
 def _input_gradients(
-    features: Sequence[Tensor], packed: Tensor, dgates: Tensor, plans: tuple[Plan, ...]
+    features: Sequence[Tensor], plans: tuple[Plan, ...], *, packed: Tensor, dgates: Tensor
 ) -> list[Tensor]:
     batch, tiles = features[0].shape[0], gemm_tiles(packed.dtype)
     dx = [torch.empty_like(f, memory_format=torch.channels_last) for f in features]
@@ -253,7 +258,12 @@ def _input_gradients(
 
 
 def _weight_gradients(
-    features: Sequence[Tensor], h: Tensor, dgates: Tensor, weights: Sequence[Weights], plans: tuple[Plan, ...]
+    features: Sequence[Tensor],
+    weights: Sequence[Weights],
+    plans: tuple[Plan, ...],
+    *,
+    h: Tensor,
+    dgates: Tensor,
 ) -> list[Weights]:
     batch, tiles = features[0].shape[0], weight_gradient_tiles(h.dtype)
     bp, most = padded_batch(batch), tiles["MOST"]

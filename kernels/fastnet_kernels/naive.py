@@ -1,4 +1,4 @@
-"""The channel-group LSTM in plain torch: the twin to read before fused.py, in any floating dtype.
+"""The channel-group LSTM in plain torch: the definition to read first, in any floating dtype.
 
 A stage's feature map [B, C, h, w] is cut along its channels into G groups of T. Group g is one sequence: its
 T channels are the time steps, each channel's S = h*w positions (row major) are that step's input. Every group

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import harness, lstm, lstm_providers
+from benchmarks import harness, lstm, lstm_providers, lstm_recurrent
 from benchmarks.lstm_providers import Problem, Provider
 from tests.support.kernels import executed
 
@@ -19,7 +19,7 @@ TINY = [(2, 3, 16), (3, 3, 4)]
 def test_providers_agree_with_float64(name: str) -> None:
     """Every provider of this machine but the compiled ones, which take a compiler's time."""
     p = Problem(TINY, 3, torch.float32, CPU)
-    found = {"whole": lstm_providers.providers, "recurrent": lstm_providers.recurrent_providers}[name](
+    found = {"whole": lstm_providers.providers, "recurrent": lstm_recurrent.recurrent_providers}[name](
         p, quick=True
     )
     assert len(found) == {"whole": 4, "recurrent": 1}[name]
@@ -35,7 +35,7 @@ def test_the_recurrent_launches_alone() -> None:
     """The GPU's provider, its compiled kernels run on the CPU: it gives them what they take, and no more."""
     p = Problem([(1, 2, 16), (1, 2, 4)], 3, torch.bfloat16, CPU)
     with executed() as runs:
-        provider = lstm_providers.fused_recurrent(p)
+        provider = lstm_recurrent.fused_recurrent(p)
         assert provider.backward is not None
         provider.backward(provider.forward())
     assert {name: len(stats) for name, stats in runs.items()} == {

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastnet_kernels import Stage, fused_backward, fused_forward, gemm, launch
+from fastnet_kernels import Stage, fused_backward, fused_forward, gemm, launch, packing
 from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
 from ptxrun import Resources, cross_compile
 
@@ -120,6 +120,22 @@ def test_gemms(arch: int) -> None:
     for r in (project, weight):
         assert_launchable(r, arch)
         assert set(re.findall(r"LDGSTS\.\S+", r.sass)) == {"LDGSTS.E.BYPASS.128"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_packing(arch: int) -> None:
+    constants = {"PLANS": plans(PAPER, BF16, arch), "BK": launch.PACK_INPUTS}
+    floats = (FP32, FP32)
+    pack = cross_compile(
+        packing.pack_kernel, arch, {"ih": floats, "hh": floats, "packed": BF16}, constants, num_warps=4
+    )
+    gradients = dict.fromkeys(("d_ih", "d_hh", "d_bias_ih", "d_bias_hh"), floats)
+    unpack = cross_compile(
+        packing.unpack_kernel, arch, {"partial": FP32, **gradients}, constants, num_warps=4
+    )
+    assert_launchable(pack, arch)
+    assert_launchable(unpack, arch)
 
 
 def test_padded_work() -> None:
