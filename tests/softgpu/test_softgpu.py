@@ -1,58 +1,29 @@
-"""The CUDA path on softgpu. Each group of checks runs in a process of its own: the GPUs cannot be taken back."""
+"""The CUDA path on softgpu: each group of checks in a process of its own."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import REPOSITORY
+from tests.softgpu.process import needs_compiler, run_python
 
 CHECKS = Path(__file__).with_name("checks")
-# The checks of each group and softgpu's options. Groups of like length, as two of them run at a time.
+# The checks of each group and softgpu's options.
 GROUPS = {
-    "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
-    "graphs": (["check_graphs.py"], []),
-    "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
+    "lstm": (["check_training.py", "-k", "lstm"], []),
+    "baseline": (["check_training.py", "-k", "not lstm"], []),
     "commands": (["check_commands.py"], []),
     "kernels": (["check_kernels.py"], []),
-    "baseline": (["check_training.py", "-k", "not lstm"], []),
-    "lstm": (["check_training.py", "-k", "lstm"], []),
+    "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
+    "graphs": (["check_graphs.py"], []),
+    "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
 
 
-def softgpu(*command: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return subprocess.run(
-        [sys.executable, "-m", "softgpu", *command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )
-
-
-@pytest.mark.skipif(
-    not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")), reason="needs a C compiler"
-)
+@needs_compiler
 @pytest.mark.parametrize("group", GROUPS)
 def test_group(group: str) -> None:
     (file, *chosen), options = GROUPS[group]
-    done = softgpu(
-        *options,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "--tb=short",
-        str(CHECKS / file),
-        *chosen,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    inside = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
+    run_python(["-m", "softgpu", *options, *inside, str(CHECKS / file), *chosen])

@@ -1,0 +1,39 @@
+"""Two ranks on two software GPUs, against two ranks on the CPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnet.training.checkpoint import load
+from tests.softgpu.process import needs_compiler, run_python
+from tests.support.runs import events
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", "--"]
+# The frozen phase's five steps and one of the whole network, in float32.
+FLAGS = ["sample", "--network", "baseline", "--image-size", "32", "--batch-size", "8", "--head-epochs", "1"]
+FLAGS += ["--epochs", "1", "--max-steps", "6", "--precision", "fp32", "--log-every", "1", "--threads", "1"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+@needs_compiler
+def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
+    on = {"cuda": ["-m", "softgpu", "--devices", "2"], "cpu": []}
+    for device, under in on.items():
+        train = ["-m", "fastnet.train", *FLAGS, "--data", str(tiny_set), "--run-dir", str(tmp_path / device)]
+        run_python([*TORCHRUN, sys.executable, *under, *train])
+    cuda, cpu = (events(tmp_path / device, "step") for device in on)
+    eps = torch.finfo(torch.float32).eps
+    assert len(cuda) == 6
+    for mine, theirs in zip(cuda, cpu, strict=True):
+        # A few roundings a step, in five steps that train one linear layer.
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=32 * eps), mine
+    a, b = (load(tmp_path / device / "last.pt").model for device in on)
+    weights = [name for name, t in a.items() if t.is_floating_point() and "running" not in name]
+    apart = math.hypot(*((a[name] - b[name]).norm().item() for name in weights))
+    assert apart <= 4 * eps * math.hypot(*(b[name].norm().item() for name in weights))
