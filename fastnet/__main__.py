@@ -18,6 +18,7 @@ COMMANDS = {
     "ensemble": "the average of several runs, and each of them",
     "predict": "classes of unlabelled images",
     "figures": "loss and accuracy over training",
+    "runs": "the runs below a directory, as a table",
     "paper": "all of the paper's experiments",
 }
 USAGE = "usage: fastnet [--version] COMMAND ...\n\n" + "\n".join(

@@ -8,7 +8,7 @@ from fastnet.cli import Parser, positive_int
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
-from fastnet.training.records import read_manifest
+from fastnet.training.manifest import read_manifest
 
 
 def add_inference_flags(parser: Parser) -> None:

@@ -25,7 +25,11 @@ class StepEvent(msgspec.Struct, tag_field="event", tag="step"):
 
 
 class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
-    """An epoch's means over training and its validation; losses in nats, the others as fractions."""
+    """An epoch's means over training and its validation; losses in nats, the others as fractions.
+
+    What the training run measured of itself is None where a record lacks it: step times in milliseconds, the share
+    of the time spent waiting for data, memory in MiB, and the sum of the step times in seconds.
+    """
 
     phase: str
     epoch: int
@@ -37,6 +41,11 @@ class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
     val_top5: float
     val_count: int
     images_per_s: float = 0.0
+    step_ms_p50: float | None = None
+    step_ms_p95: float | None = None
+    data_wait: float | None = None
+    peak_mem_mb: float | None = None
+    seconds: float | None = None
 
 
 Event = PhaseEvent | StepEvent | EpochEvent

@@ -15,7 +15,9 @@ from fastnet.training.state import TrainState
 
 @dataclass(frozen=True)
 class Phase:
-    """`plateau` epochs without a top-1 better by `plateau_delta` end the phase before `epochs` do; 0: never."""
+    """A part of training. It ends after `epochs`, or before that after `plateau` epochs in a row in which top-1 has not
+    risen by more than `plateau_delta`; with a `plateau` of 0 it never ends early.
+    """
 
     name: str
     frozen_backbone: bool
@@ -27,7 +29,7 @@ class Phase:
 
 
 def plan(config: Config) -> list[Phase]:
-    """The phases of a run, in order: the head alone (paper, section 4), then the whole network."""
+    """The phases of a run in their order: the head alone (section 4 of the paper), then the whole network."""
     phases = []
     if config.head_epochs:
         phases.append(
@@ -47,7 +49,7 @@ def plan(config: Config) -> list[Phase]:
 
 
 def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:
-    """Moves `position` past an epoch that was evaluated with `top1`: to the next epoch, phase, or the end."""
+    """Moves `position` past an epoch whose validation gave `top1`: to the next epoch, the next phase, or the end."""
     phase = plan[position.phase]
     position.epoch += 1
     position.phase_epoch += 1
@@ -66,9 +68,10 @@ def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:
 
 
 def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: float) -> float:
-    """The rate of a phase's step: linear warmup, then a half cosine to zero (Loshchilov and Hutter 2017, eq. 5).
+    """The learning rate of a step of the phase: linear warmup, then half a cosine down to zero (Loshchilov and Hutter
+    2017, eq. 5).
 
-    A phase that a plateau ends keeps its peak: the length that a cosine needs is not known.
+    A phase that may end at a plateau stays at its peak, as the length that a cosine needs is not known beforehand.
     """
     warmup = int(warmup_epochs * steps_per_epoch)
     total = phase.epochs * steps_per_epoch
@@ -81,9 +84,9 @@ def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: 
 
 
 def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.optim.Optimizer:
-    """The phase's optimiser over the parameters that train, fused; biases and batch norms do not decay.
+    """The phase's fused optimiser, over the parameters that train. Biases and batch norms have no weight decay.
 
-    Raises InputError if --apex is given and NVIDIA Apex is not there.
+    Raises InputError if --apex is given and NVIDIA Apex is not installed, or there is no GPU.
     """
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.ndim == 1 or "bias" in name]

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: manifest.json, metrics.jsonl, TensorBoard events, lines on stderr."""
+"""What a run records besides checkpoints: manifest.json, metrics.jsonl, TensorBoard events, lines on stderr."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ from fastnet.files import atomic_write, refuse_link
 from fastnet.metrics import Totals
 from fastnet.provenance import surroundings
 from fastnet.training.events import EpochEvent, read_events
+from fastnet.training.manifest import Manifest, read_manifest
 
 
 class Recorder:
-    """Rank 0's records of a run directory; on other ranks every method does nothing.
+    """Writes the records of a run, on rank 0; on other ranks its methods do nothing.
 
-    `kept` is the length in bytes of metrics.jsonl at the checkpoint that the run continues from: what was written
-    after it is cut off, since those steps are done again.
+    `kept` is the length in bytes that metrics.jsonl had at the checkpoint from which the run continues. What was
+    written after it is cut off, since those steps are done again.
+
+    Raises InputError if metrics.jsonl is damaged, shorter than `kept`, or a link.
     """
 
     def __init__(self, run_dir: Path, *, main: bool, step: int, kept: int) -> None:
@@ -52,7 +55,7 @@ class Recorder:
             self.board.close()
 
     def size(self) -> int:
-        """Bytes in metrics.jsonl, on the disk: the checkpoint about to be written counts on them."""
+        """Bytes in metrics.jsonl. Syncs it, because the checkpoint about to be written relies on these bytes."""
         if not self.main:
             return 0
         with self.path.open("rb") as file:
@@ -60,7 +63,7 @@ class Recorder:
         return self.path.stat().st_size
 
     def event(self, kind: str, **values: Any) -> None:
-        """Appends one line to metrics.jsonl and puts the numbers of steps and epochs on TensorBoard."""
+        """Appends a line to metrics.jsonl. The numbers of steps and epochs go to TensorBoard as well."""
         if not self.main:
             return
         with self.path.open("a", encoding="utf-8") as file:
@@ -72,7 +75,7 @@ class Recorder:
                 self.board.add_scalar(f"{kind}/{key}", value, values["step"])
 
     def epoch(self, title: str, trained: dict[str, Any], scores: Totals) -> None:
-        """Records an epoch: what training says of itself, and the validation scores."""
+        """Records an epoch: its training record, and its validation scores."""
         val = {"val_loss": scores.mean_loss, "val_top1": scores.top1, "val_top5": scores.top5}
         self.event("epoch", **trained, **val, val_count=scores.images)
         if not self.main:
@@ -86,31 +89,12 @@ class Recorder:
 
 
 def last_scores(run_dir: Path) -> dict[str, Any]:
-    """The scores of the last validation in metrics.jsonl: loss, top1, top5, count; empty before the first one."""
+    """Loss, top1, top5 and count of the last validation in metrics.jsonl; empty before the first one."""
     epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
     if not epochs:
         return {}
     last = epochs[-1]
     return {"loss": last.val_loss, "top1": last.val_top1, "top5": last.val_top5, "count": last.val_count}
-
-
-class Manifest(msgspec.Struct):
-    """manifest.json: the run's settings, its data, and an entry for each session, one per start of the run."""
-
-    config: dict[str, Any]
-    data: dict[str, Any]
-    sessions: list[dict[str, Any]]
-
-
-def read_manifest(run_dir: Path) -> Manifest:
-    """Raises InputError if the run has no manifest, or it is damaged."""
-    path = run_dir / "manifest.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: missing or damaged ({error}); remove it or restore it from a copy"
-        ) from error
 
 
 def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: dict[str, Any]) -> None:
@@ -119,10 +103,17 @@ def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: di
     sessions = read_manifest(run_dir).sessions if path.exists() else []
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     sessions.append({"started": started, **session, **surroundings()})
-    content = {
-        "config": config.to_json(),
-        "data": {"name": data.name, "hash": data.hash, "source": data.source, "path": str(data.path)},
-        "sessions": sessions,
-    }
+    facts = {"name": data.name, "hash": data.hash, "source": data.source, "path": str(data.path)}
+    _write(path, Manifest(config.to_json(), facts, sessions))
+
+
+def end_session(run_dir: Path, *, step: int, done: bool) -> None:
+    """Adds to manifest.json how the session ended; one that was killed has no such entry."""
+    manifest = read_manifest(run_dir)
+    manifest.sessions[-1] |= {"to_step": step, "done": done}
+    _write(run_dir / "manifest.json", manifest)
+
+
+def _write(path: Path, manifest: Manifest) -> None:
     with atomic_write(path) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")

@@ -31,7 +31,7 @@ from fastnet.training.evaluation import evaluate
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import data_parallel, share_weights, without_sync
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
-from fastnet.training.records import Recorder, last_scores, write_manifest
+from fastnet.training.records import Recorder, end_session, last_scores, write_manifest
 from fastnet.training.setup import check_sizes, choices, open_streams
 from fastnet.training.state import TrainState
 
@@ -74,7 +74,7 @@ class Trainer:
                 self.end_epoch(trained, scores)
                 if self.state.step == self.config.max_steps:
                     break
-            self.finish_saving()
+            self.finish()
             if not self.state.done:
                 self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
         return self.outcome()
@@ -231,7 +231,7 @@ class Trainer:
     def stop(self) -> dict[str, Any]:
         """Ends the session after a signal, with everything saved."""
         self.save()
-        self.finish_saving()
+        self.finish()
         self.stop_signal.check_own(self.state.step)
         self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")
         return self.outcome()
@@ -318,9 +318,12 @@ class Trainer:
         with self.runtime.agree():
             self.recorder.event(event, **values)
 
-    def finish_saving(self) -> None:
+    def finish(self) -> None:
+        """Waits for the last save, and notes in the manifest how the session ended."""
         with self.runtime.agree():
             self.writer.finish()
+            if self.runtime.is_main:
+                end_session(self.run_dir, step=self.state.step, done=self.state.done)
 
     def say(self, line: str) -> None:
         self.runtime.say(f"{self.run_dir}: {line}")

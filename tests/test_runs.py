@@ -1,0 +1,48 @@
+"""The table of runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnet import runs as command
+from fastnet.distributed.lock import run_lock
+from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
+
+
+def test_the_runs_below_a_directory(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/baseline", "b/lstm"):
+        shutil.copytree(runs[name.startswith("b")], tmp_path / name)
+    shutil.copytree(runs[0], tmp_path / "b" / "torn")
+    (tmp_path / "b" / "torn" / "metrics.jsonl").write_text("{}\n")
+    shutil.copytree(runs[0], tmp_path / ".hidden" / "run")
+    (tmp_path / "b" / "no run").mkdir()
+    with run_lock(tmp_path / "b" / "lstm", Runtime(torch.device("cpu"))):
+        told = command.main([str(tmp_path)])["runs"]
+    assert [Path(run["run"]).relative_to(tmp_path).as_posix() for run in told] == [
+        "a/baseline",
+        "b/lstm",
+        "b/torn",
+    ]
+    assert [run["state"] for run in told] == ["done", "running", "damaged"]
+    recorded = json.loads((runs[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert told[0]["best_top1"] == recorded["val_top1"] and told[0]["network"] == "baseline"
+    assert (told[0]["epochs"], told[0]["epochs_planned"]) == (1, 1)
+    titles, first, _, torn = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["run", "network", "data", "best", "top-1", "epochs", "images/s", "state"]
+    assert first.split()[1] == "baseline" and f"{recorded['val_top1']:.4f}" in first
+    assert torn.split()[1:] == ["-", "-", "-", "-", "-", "damaged"]
+
+
+def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(tmp_path)])["runs"] == []
+    assert capsys.readouterr().out == f"{tmp_path}: no runs below it\n"
+    with pytest.raises(InputError, match="nowhere: no such directory"):
+        command.main([str(tmp_path / "nowhere")])
