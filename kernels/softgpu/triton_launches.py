@@ -6,6 +6,7 @@ device, which says it is sm_80, is then executed on the tensors' memory.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,6 +69,7 @@ def install(mode: str, **options: Any) -> None:
     """`mode`: exact executes every launch, null counts and drops it. `options` are those of ptxrun.launch."""
     if mode not in ("exact", "null"):
         raise ValueError(f"triton={mode!r}: must be exact or null")
+    inspect.signature(launch).bind_partial(**options)  # raises TypeError for others
     given = JITFunction.run
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
