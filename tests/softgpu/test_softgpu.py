@@ -9,20 +9,23 @@ import pytest
 from tests.softgpu.process import needs_compiler, run_python
 
 CHECKS = Path(__file__).with_name("checks")
-# The checks of each group and softgpu's options.
+# The checks of each group and softgpu's options; the groups that take long come first.
 GROUPS = {
     "lstm": (["check_training.py", "-k", "lstm"], []),
-    "baseline": (["check_training.py", "-k", "not lstm"], []),
-    "commands": (["check_commands.py"], []),
     "kernels": (["check_kernels.py"], []),
-    "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
+    "commands": (["check_commands.py"], []),
+    "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
+    "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
+QUICK = ("budgets", "device")
 
 
 @needs_compiler
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GROUPS]
+)
 def test_group(group: str) -> None:
     (file, *chosen), options = GROUPS[group]
     inside = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
