@@ -18,11 +18,13 @@ import msgspec
 import torch
 
 from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.lock import RunLock
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
 from fastnet.network.network import Network
 from fastnet.network.stored import Unreadable, misfit, read_stored
+from fastnet.training.phases import plan
 from fastnet.training.state import TrainState
 
 FORMAT = 1
@@ -163,10 +165,10 @@ def load(path: Path) -> Checkpoint:
         raise InputError(f"{path}: damaged: {error}; remove it or restore it from a copy") from error
 
 
-def load_last(run_dir: Path, config: Config, data_hash: str) -> Checkpoint | None:
+def load_last(run_dir: Path, config: Config, data: PreparedSet) -> Checkpoint | None:
     """The run's last checkpoint, None if there is none yet.
 
-    Raises InputError for a checkpoint of another configuration or other data.
+    Raises InputError for a checkpoint of another configuration or other data, or one that is nowhere in this run.
     """
     path = run_dir / "last.pt"
     if not path.exists():
@@ -180,10 +182,16 @@ def load_last(run_dir: Path, config: Config, data_hash: str) -> Checkpoint | Non
             f"{run_dir}: this run was started with {changed} {before[changed]} and not {now[changed]}"
             + (longer if "epochs" in changed else "; give the same flags, or another --run-dir")
         )
-    if saved.data_hash != data_hash:
+    if saved.data_hash != data.hash:
         raise InputError(
             f"{run_dir}: this run was trained on other data; give the same --data, or another --run-dir"
         )
+    steps, phases = len(data.splits["train"]) // config.batch_size, len(plan(config))
+    state = saved.position
+    if not state.done and state.phase >= phases:
+        raise InputError(f"{path}: damaged: it is in phase {state.phase} of {phases}; remove it")
+    if state.step_in_epoch > steps:
+        raise InputError(f"{path}: damaged: it is in step {state.step_in_epoch} of {steps}; remove it")
     return saved
 
 

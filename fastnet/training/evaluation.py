@@ -1,4 +1,4 @@
-"""Validation: loss, top-1 and top-5 of a network over a split."""
+"""What is checked of a network: its validation scores, and that its weights are finite."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
 from fastnet.input.streams import Batch
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
@@ -23,3 +24,14 @@ def evaluate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Tot
         counter.add(logits, y)
     network.train()
     return Totals(*runtime.sum_(counter.sums).tolist())
+
+
+def check_weights(network: Network, step: int) -> None:
+    """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    # The ranks hold the same weights, so none needs to ask the others.
+    if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
+        raise InputError(
+            f"the weights are not finite after step {step}; nothing of it was saved; lower --lr or --head-lr, or "
+            "lengthen --warmup, in another --run-dir"
+        )

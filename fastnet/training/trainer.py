@@ -27,7 +27,7 @@ from fastnet.network.weights import load_backbone
 from fastnet.profiling import Window, span
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
-from fastnet.training.evaluation import evaluate
+from fastnet.training.evaluation import check_weights, evaluate
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import data_parallel, share_weights, without_sync
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
@@ -84,28 +84,16 @@ class Trainer:
         saved = None
         with self.runtime.agree():
             if self.runtime.is_main:
-                saved = checkpoint.load_last(self.run_dir, self.config, self.data.hash)
+                saved = checkpoint.load_last(self.run_dir, self.config, self.data)
         self.saved = self.runtime.from_main(saved)
         with self.runtime.agree():
             if self.saved:
                 checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
                 self.state = self.saved.position
-                self.check_position()
             elif self.runtime.is_main:
                 load_backbone(self.network, self.config.depth, self.config.weights)
         self.network.to(self.runtime.device)
         share_weights(self.network, self.runtime)
-
-    def check_position(self) -> None:
-        """Raises InputError for a checkpoint that is nowhere in this run."""
-        state, steps = self.state, len(self.data.splits["train"]) // self.config.batch_size
-        path = self.run_dir / "last.pt"
-        if not state.done and state.phase >= len(self.phases):
-            raise InputError(
-                f"{path}: damaged: it is in phase {state.phase} of {len(self.phases)}; remove it"
-            )
-        if state.step_in_epoch > steps:
-            raise InputError(f"{path}: damaged: it is in step {state.step_in_epoch} of {steps}; remove it")
 
     def begin_phase(self) -> None:
         """Freezes what the phase freezes and makes its optimiser and loss scaler, unless it is under way already."""
@@ -211,7 +199,7 @@ class Trainer:
         """Saves all that is needed to continue from here. Raises InputError after a loss that was not finite."""
         self.state.totals = list(self.summed_totals())
         self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
-        self.check_weights()
+        check_weights(self.network, self.state.step)
         # Between two phases there is no optimiser to keep.
         under_way = self.state.phase_epoch + self.state.step_in_epoch > 0
         content = {
@@ -303,16 +291,6 @@ class Trainer:
                 f"{self.config.lr:g} or --head-lr {self.config.head_lr:g}, or lengthen --warmup, in another --run-dir"
             )
         return totals
-
-    def check_weights(self) -> None:
-        """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        # The ranks hold the same weights, so none needs to ask the others.
-        if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
-            raise InputError(
-                f"the weights are not finite after step {self.state.step}; nothing of it was saved; lower --lr or "
-                "--head-lr, or lengthen --warmup, in another --run-dir"
-            )
 
     def record(self, event: str, **values: Any) -> None:
         with self.runtime.agree():
