@@ -1,4 +1,4 @@
-"""The average of several runs' scores on one split: each run's results beside the average's.
+"""Averages the scores of several runs on one split, and shows the results of each run and of the average.
 
 Shapes: R runs, N images of the split, K classes.
 """
@@ -30,7 +30,7 @@ from fastnet.metrics import Totals
 
 
 def table(rows: dict[str, Totals]) -> str:
-    """Results as aligned text, a line per name; the error is 1 - top-1, as the paper gives it."""
+    """The results as aligned text, a line per name. The error is 1 - top-1, which is what the paper reports."""
     width = max(map(len, rows))
     lines = [f"{'':{width}}    top-1    top-5   error    loss"]
     for name, row in rows.items():
@@ -43,11 +43,14 @@ def table(rows: dict[str, Totals]) -> str:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(
         prog="python -m fastnet.ensemble",
-        description="Averages the softmax scores of runs on one set: results of each and of the average.",
+        description="Averages the softmax scores of several runs on a set. Prints the results of each run and of the "
+        "average.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directories of two or more runs")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="save all scores there, as scores.npz")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder in which to save all scores, as scores.npz"
+    )
     add_inference_flags(parser)
     args = parser.parse_args(argv)
     if len(args.runs) < 2:

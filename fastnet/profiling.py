@@ -1,4 +1,4 @@
-"""What happens in a step: named ranges, and a window of steps that a profiler records."""
+"""For profilers: named ranges within a step, and a window of steps to record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastnet.files import atomic_write
 
 
 def span(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """A named range, for torch.profiler and, on a GPU, for Nsight Systems too."""
+    """A named range for torch.profiler, and on a GPU for Nsight Systems as well."""
     if device.type == "cuda" and not torch.compiler.is_compiling():
         return _cuda_span(name)
     return torch.profiler.record_function(name)
@@ -25,10 +25,10 @@ def _cuda_span(name: str) -> Iterator[None]:
 
 
 class Window:
-    """Records the steps after step `first` up to step `last` of a run, on the rank that it is made on.
+    """Records a run on this rank, from the step after step `first` to step `last`; None records nothing.
 
-    On a GPU it opens the window that `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off`
-    wait for (benchmarks/nsys.sh and ncu.sh). Elsewhere torch.profiler writes `trace`, for ui.perfetto.dev.
+    On a GPU it opens the window that `nsys --capture-range=cudaProfilerApi` and `ncu --profile-from-start off` wait
+    for (benchmarks/nsys.sh and ncu.sh). On the CPU, torch.profiler writes the file `trace`, for ui.perfetto.dev.
     """
 
     def __init__(self, steps: tuple[int, int] | None, device: torch.device, trace: Path) -> None:
@@ -44,7 +44,7 @@ class Window:
         self._close()
 
     def at(self, step: int) -> None:
-        """To be called before the first step and after each, with the number of steps done."""
+        """Call it before the first step and after each step, with the number of steps done."""
         if self.first <= step < self.last and not self.open:
             self._open()
         elif step >= self.last:

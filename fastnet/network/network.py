@@ -1,6 +1,7 @@
 """The two networks: a ResNet with a linear layer, and a ResNet whose stages are read by channel-group LSTMs.
 
-Legend: B batch, C channels, H and W height and width of a stage, D width of the head's input, K classes.
+Legend: B batch, S image size, C channels, H and W height and width of a stage, D width of the classifier's input,
+K classes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "lay
 
 
 class Network(nn.Module):
-    """ResNet (He et al. 2016) with one of two heads.
+    """A ResNet (He et al. 2016) with one of two heads, both ending in a linear layer.
 
-    baseline: global average of conv5, linear layer. lstm: each stage of `config.stages` is cut along the channels
-    into groups, an LSTM per group runs over its channels, and the last hidden states feed a linear layer.
-    Images [B, 3, image_size, image_size] in channels_last -> logits [B, K] in float32.
+    baseline: the global average of conv5. lstm: each stage of `config.stages` is cut along its channels into groups,
+    an LSTM per group runs over the group's channels, and their last hidden states are put side by side.
+
+    Takes images [B, 3, S, S] in channels_last and returns logits [B, K] in float32.
     """
 
     def __init__(self, config: Config, classes: int) -> None:
@@ -48,9 +50,9 @@ class Network(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, K]. Raises ValueError if `x` would have to be copied into channels_last."""
+        """[B, 3, S, S] -> [B, K]. Raises ValueError unless `x` is channels_last; converting it would cost a copy."""
         if not x.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError("the images must be channels_last: they are the pipeline's, without a copy")
+            raise ValueError("the images must be channels_last, as the input pipeline delivers them")
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
             features = self.features(x)
         with span("lstm" if self.lstm else "pool", x.device):
@@ -61,7 +63,7 @@ class Network(nn.Module):
         return self.classifier(z).float()  # [B, K]
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The outputs of the stages that the head reads, each [B, C, H, W], shallow to deep."""
+        """The outputs of the stages that the head reads, each [B, C, H, W], from shallow to deep."""
         with span("backbone", x.device):
             net = self.backbone
             x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -75,7 +77,10 @@ class Network(nn.Module):
             return outputs
 
     def freeze_backbone(self, frozen: bool) -> None:
-        """Frozen, the convolutions and batch norms have no gradient and stay in evaluation mode."""
+        """Freezes the convolutions and batch norms, or unfreezes them.
+
+        Frozen ones get no gradients and stay in evaluation mode.
+        """
         self.frozen = frozen
         self.backbone.requires_grad_(not frozen)
         self.train(self.training)
@@ -88,7 +93,10 @@ class Network(nn.Module):
 
 
 def lstm_backend(config: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """What runs the LSTMs on `device` in `dtype`, "none" without LSTMs. Raises InputError for one that cannot run."""
+    """What computes the LSTMs on `device` in `dtype`; "none" for a network without LSTMs.
+
+    Raises InputError if the backend asked for cannot run there.
+    """
     if config.network != "lstm":
         return "none"
     try:

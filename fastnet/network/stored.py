@@ -1,4 +1,4 @@
-"""Tensors from PyTorch files that anyone may have made: read without running code, checked before use."""
+"""Reading PyTorch files that anyone may have made, without running code from them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_INFLATION = (
-    2  # torch.save does not compress; a file that unpacks to much more than its size is not its work
-)
+# torch.save does not compress: it has not made a file that unpacks to much more than its size.
+MAX_INFLATION = 2
 
 
 class Unreadable(Exception):
-    """The file is not one that `torch.save` made. The message says why."""
+    """The file was not made by `torch.save`. The message says why."""
 
 
 def read_stored(path: Path) -> Any:
-    """What `torch.save` put into the file, on the CPU. Raises Unreadable."""
+    """What `torch.save` put into the file, on the CPU. Raises Unreadable if it did not make the file."""
     if not path.is_file():
-        raise Unreadable("no regular file")
+        raise Unreadable("not a regular file")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -36,13 +35,13 @@ def read_stored(path: Path) -> Any:
 
 
 def misfit(own: Tensor, stored: Any) -> str:
-    """Why `stored` cannot take the place of `own`, "" if it can."""
+    """Why `stored` cannot take the place of the parameter `own`, as the end of a sentence; "" if it can."""
     if not isinstance(stored, Tensor):
-        return f"is of type {type(stored).__name__} and no tensor"
+        return f"is a {type(stored).__name__}, not a tensor"
     if stored.shape != own.shape:
         return f"is {list(stored.shape)}, not {list(own.shape)}"
     if stored.layout != torch.strided or stored.is_meta or stored.is_quantized:
-        return "is sparse, quantised or without data"
+        return "is sparse, quantised or has no data"
     if stored.is_floating_point() != own.is_floating_point() or stored.is_complex():
         return f"is {stored.dtype}, not {own.dtype}"
     return ""

@@ -1,4 +1,4 @@
-"""ResNet weights to start from: torchvision's, or those of a file."""
+"""The ResNet weights that training starts from: torchvision's, or those of a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastnet.network.stored import Unreadable, misfit, read_stored
 
 
 def load_backbone(network: Network, depth: int, weights: str) -> None:
-    """Puts ResNet weights into `network.backbone`: `imagenet` (torchvision's), `none`, or a file.
+    """Loads weights into `network.backbone`. `weights` is `imagenet` (torchvision's), `none`, or a file.
 
-    A file holds torchvision's ResNet state dict or a fastnet checkpoint. What `load_state_dict` fills in by itself may
-    be missing: torchvision's published files have no `num_batches_tracked`. Raises InputError if the weights cannot
-    be had or do not fit.
+    A file contains a state dict of torchvision's ResNet, or is a fastnet checkpoint. What `load_state_dict` fills in
+    by itself may be missing: torchvision's published files have no `num_batches_tracked`. Raises InputError if the
+    weights cannot be read or downloaded, or do not fit.
     """
     if weights == "none":
         return
@@ -40,8 +40,8 @@ def _imagenet_state(depth: int) -> dict[str, Any]:
         return dict(enum.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"--weights imagenet: cannot download ResNet-{depth}'s weights ({error}); "
-            "give a local file by --weights FILE, or --weights none"
+            f"--weights imagenet: cannot download the weights of ResNet-{depth} ({error}); "
+            "give a local file with --weights FILE, or --weights none"
         ) from error
 
 
@@ -60,5 +60,7 @@ def _file_state(path: Path) -> dict[str, Any]:
             if str(name).startswith(prefix)
         }
     if not isinstance(loaded, dict):
-        raise InputError(f"--weights {path}: holds no state dict of tensors")
+        raise InputError(
+            f"--weights {path}: does not contain a state dict; give imagenet, none, or another file"
+        )
     return loaded

@@ -129,8 +129,8 @@ def test_no_regular_files_and_bombs(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 20))
     for name, reason in [
-        ("fifo.pt", "no regular file"),
-        ("folder.pt", "no regular file"),
+        ("fifo.pt", "not a regular file"),
+        ("folder.pt", "not a regular file"),
         ("text.pt", "not a readable"),
         ("bomb.pt", "it would unpack to 1,048,576 bytes"),
     ]:
