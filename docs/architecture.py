@@ -25,7 +25,8 @@ SHARED = "shared"
 PLACES = {
     "commands": (1.6, 6.4, 5),
     "api": (6.8, 8.4, 5),
-    "inference": (1.6, 8.4, 4),
+    "reporting": (1.6, 4.0, 4),
+    "inference": (4.4, 8.4, 4),
     "training": (1.6, 8.4, 3),
     "input": (0.0, 3.2, 2),
     "network": (3.6, 6.4, 2),
