@@ -13,6 +13,7 @@ import sys
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--run-dir", type=directory, metavar="DIR", help="run directory; default: runs/NETWORK"
     )
+    parser.add_argument("--run", type=_renamed, help=argparse.SUPPRESS)
     parser.add_argument(
         "--print-config",
         action="store_true",
@@ -64,6 +66,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"loss {result['loss']:.4f} on {result['count']} images"
         )
     return result
+
+
+def _renamed(value: str) -> NoReturn:
+    raise argparse.ArgumentTypeError(f"this flag is now called --run-dir; give --run-dir {value}")
 
 
 def cli() -> NoReturn:

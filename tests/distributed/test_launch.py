@@ -11,6 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from fastnet import train
 from fastnet.distributed.launch import launch_command
+from fastnet.errors import InputError
 from tests.support.paths import SCRIPT
 
 
@@ -30,6 +31,14 @@ def test_torchrun_leaves_the_scripts_flags_alone(capsys: pytest.CaptureFixture[s
             for script in (["fastnet/train.py"], ["-m", "fastnet.train"]):
                 given = ["--nproc_per_node=8", *script, "paper", *words]
                 assert get_args_parser().parse_args(given).training_script_args == ["paper", *words], flag
+
+
+@pytest.mark.parametrize("words", [["--run", "runs/lstm"], ["--run=runs/lstm"]])
+def test_the_old_name_of_run_dir_is_refused(words: list[str]) -> None:
+    with pytest.raises(
+        InputError, match="--run: this flag is now called --run-dir; give --run-dir runs/lstm"
+    ):
+        train.main(["sample", *words])
 
 
 @pytest.mark.parametrize(
