@@ -2,7 +2,7 @@
 
     python -m fastnet.paper --data data/tiny-imagenet --out runs/paper
 
-Stopped, the same command goes on where it was. The flags of train.py hold for both networks.
+Given again, the same command continues where it was stopped. The flags of train.py hold for both networks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastnet.cli import SettingsParser, as_arguments, directory, run_command
 from fastnet.config import PRESETS, choose_preset
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.launch import launch_command
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
 from fastnet.settings import file_settings
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         if network == "baseline":
             flags["head_epochs"] = 0
         elif "weights" not in named and PRESETS[preset](network).weights == "none":
-            # Without ImageNet weights, the frozen phase reads the convolutions that the baseline has learned.
+            # Without ImageNet weights, the frozen phase uses the convolutions that the baseline has learned.
             flags["weights"] = str(runs["baseline"] / "best.pt")
         line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
         line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
@@ -87,15 +88,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def train(flags: list[str]) -> bool:
-    """Runs train.py with `flags`, one rank per GPU. A signal to this process reaches it, and it saves and ends.
+    """Runs train.py with `flags`, with a rank per GPU. Passes a signal on to it, so that it saves and ends.
 
-    Returns False if there was a signal. Exits with its exit code where it fails: its own line has said why.
+    Returns False after a signal. If train.py fails, exits with its exit code; its own line has said why.
     """
-    script = str(Path(__file__).with_name("train.py"))
-    gpus = torch.cuda.device_count()
-    # Behind --, torchrun does not take the script's --run-dir for its own --run-path.
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}", "--"]
-    command = [sys.executable, *(torchrun if gpus > 1 else []), script, *flags]
+    command = launch_command(Path(__file__).with_name("train.py"), flags, ranks=torch.cuda.device_count())
     process: subprocess.Popen | None = None
     signalled = False
 
@@ -135,7 +132,7 @@ def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[
         )
     lines += [
         "",
-        f"Errors are shares of the {scores['count']} validation images; the test labels are not public.",
+        f"Errors are fractions of the {scores['count']} validation images. The test labels are not public.",
     ]
     print("\n".join(lines))
     table, numbers = out / "results.md", out / "results.json"
