@@ -16,7 +16,7 @@ from torch import Tensor
 from fastnet.cli import Parser, run_command
 from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
-from fastnet.errors import InputError
+from fastnet.errors import InputError, printable
 from fastnet.files import atomic_write
 from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.images import find_images, images_as_split
@@ -59,6 +59,7 @@ def best_five(names: Sequence[str], scores: Tensor, run: TrainedRun) -> list[Gue
 
 def text_table(guesses: Sequence[Guess]) -> str:
     """The guesses as aligned text, a line per image."""
+    guesses = [guess._replace(image=printable(guess.image), name=printable(guess.name)) for guess in guesses]
     image_width = max(len(guess.image) for guess in guesses)
     name_width = max(len(guess.name) for guess in guesses)
     lines: list[str] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import Parser, run_command
-from fastnet.errors import InputError
+from fastnet.errors import InputError, printable
 from fastnet.training.events import EpochEvent, read_events
 from fastnet.training.manifest import read_manifest
 
@@ -81,9 +81,9 @@ def text_table(runs: Sequence[RunSummary]) -> str:
     for run in runs:
         rows.append(
             (
-                run.run,
-                run.network or "-",
-                run.data or "-",
+                printable(run.run),
+                printable(run.network or "-"),
+                printable(run.data or "-"),
                 "-" if run.best_top1 is None else f"{run.best_top1:.4f}",
                 "-" if run.epochs is None else f"{run.epochs}/{run.epochs_planned}",
                 "-" if run.images_per_s is None else f"{run.images_per_s:.0f}",

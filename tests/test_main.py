@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import fastnet
 from fastnet.__main__ import COMMANDS, main
 from fastnet.errors import InputError
+from tests.support.paths import REPOSITORY, SCRIPT
 
 
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,3 +40,18 @@ def test_the_installed_command_reports_errors_in_one_line(tmp_path: Path) -> Non
         [script, "evaluate", str(tmp_path / "none")], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("start", [["-m", "fastnet.train"], [str(SCRIPT)]], ids=["-m", "script"])
+def test_ctrl_c_while_importing_is_one_line(start: list[str], tmp_path: Path) -> None:
+    """As if the signal came in the middle of the long imports: one of them raises what the signal would."""
+    (tmp_path / "tqdm").mkdir()
+    (tmp_path / "tqdm" / "__init__.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, *start],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stderr == "interrupted\n" and done.returncode != 0

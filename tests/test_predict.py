@@ -140,3 +140,8 @@ def test_files_of_other_formats_and_a_list_on_standard_input(
         assert png["classes"] == other["classes"]
     listed = predict.main([str(runs[0]), "--images", str(tmp_path), str(files[0])])
     assert listed["count"] == 7
+
+
+def test_names_cannot_steer_the_terminal() -> None:
+    guesses = [predict.Guess("a\x1b[2J\n.jpg", 1, "n1", "cat\x07", 1.0)]
+    assert predict.text_table(guesses) == r"a\x1b[2J\n.jpg  100.0% cat\x07"

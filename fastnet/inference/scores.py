@@ -21,11 +21,15 @@ from fastnet.input.streams import EvalStream
 from fastnet.metrics import Counter, Totals
 from fastnet.progress import Progress
 
+MAX_PIXELS = 1 << 26  # decoded at once; 200 MB, which DALI holds up to three times
+
 
 @torch.inference_mode()
 def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, title: str = "") -> Tensor:
     """Logits [N, K] float32 on the CPU, in the split's order. Raises InputError if any is not finite."""
     decode = resolve_decode("auto", runtime.device)
+    largest = int(split.sizes.astype(np.int64).prod(axis=1).max())
+    batch_size = min(batch_size, max(1, MAX_PIXELS // largest))
     spec = InputSpec.of(run.config, runtime.device, runtime.image_dtype, decode, threads_per_rank())
     logits = torch.empty(len(split), len(run.classes))
     with (
