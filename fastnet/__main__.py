@@ -18,6 +18,7 @@ COMMANDS = {
     "ensemble": "the average of several runs, and each of them",
     "predict": "classes of unlabelled images",
     "figures": "loss and accuracy over training",
+    "report": "one HTML page about runs: results, curves, mistakes, settings",
     "runs": "the runs below a directory, as a table",
     "paper": "all of the paper's experiments",
 }

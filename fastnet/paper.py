@@ -1,4 +1,4 @@
-"""The whole paper in one command: both networks, their ensemble, predictions, figures and the table of results.
+"""The whole paper in one command: both networks, their ensemble, predictions, figures, results and a report.
 
     python -m fastnet.paper --data data/tiny-imagenet --out runs/paper
 
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastnet import ensemble, figures, predict
+from fastnet import ensemble, figures, predict, report
 from fastnet.cli import SettingsParser, as_arguments, directory, run_command
 from fastnet.config import PRESETS, choose_preset
 from fastnet.data.default import default_set
@@ -26,18 +26,17 @@ from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
+from fastnet.reporting.published import PAPER
 from fastnet.settings import file_settings
 
-# Errors of "Exploring Methods on Tiny ImageNet Problem": test, and validation where the paper gives it.
-PAPER = {"baseline": (0.338, None), "lstm": (0.386, 0.3341), "average": (0.329, None)}
 TITLES = {"baseline": "baseline", "lstm": "LSTM network", "average": "ensemble"}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = SettingsParser(
         prog="python -m fastnet.paper",
-        description="Trains the baseline and the LSTM network, averages them, predicts the test split and draws the "
-        "figures. The flags of train.py hold for both networks; --head-epochs for the LSTM network alone, since the "
+        description="Trains the baseline and the LSTM network, averages them, predicts the test split, draws the "
+        "figures and writes a report. The flags of train.py hold for both networks; --head-epochs for the LSTM network alone, since the "
         "paper's baseline has no frozen phase.",
     )
     parser.add_argument(
@@ -81,7 +80,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     files = [*scores["files"], *figures.main([*paths, "--out", str(out / "figures")])["files"]]
     if "test" in data.splits:
         files += predict.main([*paths, *on_data, "--out", str(out / "predictions.txt")])["files"]
-    files += write_results(out, data, scores)
+    page = report.main([*paths, *on_data, "--out", str(out / "report.html")])["files"]
+    files = [*page, *files, *write_results(out, data, scores)]
     print("files:", *files, sep="\n  ")
     average = {key: scores[key] for key in ("top1", "top5", "loss", "count")}
     return {"done": True, **average, "runs": scores["runs"], "files": files}

@@ -66,6 +66,9 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     lines = (out / "predictions.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [f"test_{i}.JPEG" for i in range(5)]
     assert (out / "figures" / "training.png").exists()
+    lines = done.stdout.splitlines()
+    last = lines[lines.index(f"report: {out / 'report.html'}") :]
+    assert last[1] == table.splitlines()[0] and result["files"][0] == str(out / "report.html")
     config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
     assert config["weights"] == "none" and config["head_epochs"] == 1
     baseline = json.loads((out / "baseline" / "manifest.json").read_text())["config"]

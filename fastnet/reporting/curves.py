@@ -64,6 +64,11 @@ def draw_curves(
         )
     if curves.phase_two:
         _mark_phase_two(axis, curves, quantity)
+    frame(axis)
+
+
+def frame(axis: Axes) -> None:
+    """The look of every chart: a light grid, open to the top and the right."""
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
 
