@@ -52,13 +52,13 @@ def main() -> None:
                 for _ in range(STEPS):
                     trainer.train_step()
                 laps("steps")
-                trainer.finish_saving()  # not measured: the next candidate starts with no save under way
+                trainer.writer.finish()  # not measured: the next candidate starts with no save under way
 
             return run
 
         def waited_for() -> None:
             trainer.save()
-            trainer.finish_saving()
+            trainer.writer.finish()
 
         candidates = {
             "none": steps(lambda: None),

@@ -23,7 +23,7 @@ from fastnet.training import checkpoint
 from fastnet.training.checkpoint import Schedule, Writer, load
 from tests.support.paths import SCRIPT
 from tests.support.runs import children, events, wait_for_step
-from tests.training.test_trainer import STEPS, TINY, run_ranks
+from tests.support.tiny import STEPS, TINY, run_ranks
 
 JOB = "TORCHELASTIC_RUN_ID"
 

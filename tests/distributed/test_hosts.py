@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.hosts import Hosts, ip
 from tests.support.runs import events, wait_for_step
-from tests.training.test_trainer import STEPS, TINY
+from tests.support.tiny import STEPS, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 

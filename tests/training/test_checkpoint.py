@@ -18,7 +18,7 @@ from fastnet.errors import InputError
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
 from fastnet.training.checkpoint import load
-from tests.training.test_trainer import TINY
+from tests.support.tiny import TINY
 
 
 @pytest.fixture(scope="module")
