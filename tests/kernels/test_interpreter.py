@@ -47,6 +47,13 @@ def test_stages_together(recompute: bool) -> None:
     assert not failures(interpreted(), stages, 5, torch.float16, recompute=recompute)
 
 
+def test_partial_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows cut into parts for the weights' gradients, as for large batches: more parts than tiles, one ragged."""
+    monkeypatch.setattr(interpreted(), "_PART_ROWS", 16)
+    assert not failures(interpreted(), [(2, 5, 9), (1, 3, 37)], 19, torch.float16)
+
+
+@pytest.mark.slow
 def test_blocked() -> None:
     """The path of hidden sizes above 256."""
     assert not failures(interpreted(), [(1, 2, 272)], 2, torch.float16)
