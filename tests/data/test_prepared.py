@@ -212,6 +212,7 @@ def test_default_set_never_falls_back_silently(tmp_path: Path, monkeypatch: pyte
         default_set(None)
 
 
+@pytest.mark.slow
 def test_first_use_by_eight_ranks_makes_one_sample(tmp_path: Path) -> None:
     script = (
         "from fastnet.data import sample; sample.COUNTS = {'train': 4, 'val': 2, 'test': 1}\n"

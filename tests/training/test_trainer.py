@@ -49,6 +49,7 @@ def test_frozen_phase_leaves_the_convolutions_to_the_bit(whole: Path, tiny_set: 
     assert not any(torch.equal(frozen[n], end[n]) for n in backbone if n.endswith("weight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[3, 13], [5, 10, 15], [9, 12]], ids=["mid-epoch", "between", "both"])
 def test_stopped_runs_continue_to_the_bit(
     stops: list[int], whole: Path, tiny_set: Path, tmp_path: Path
@@ -67,6 +68,7 @@ def test_a_finished_run_is_left_alone(whole: Path, tiny_set: Path) -> None:
     assert (whole / "last.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_the_same_command_continues(
     number: signal.Signals, whole: Path, tiny_set: Path, tmp_path: Path
@@ -83,6 +85,7 @@ def test_a_signal_saves_and_the_same_command_continues(
     assert_same_end(run, whole)
 
 
+@pytest.mark.slow
 def test_killed_runs_continue_to_the_bit(whole: Path, tiny_set: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     in_each_phase = [draw.randrange(2, 10), draw.randrange(11, STEPS)]
