@@ -89,7 +89,7 @@ def needed(arrows: Arrows) -> Arrows:
 def draw(modules: dict[str, list[str]], arrows: Arrows) -> Figure:
     """The boxes from the top down. Raises ValueError for a box without a place, and for an import upwards."""
     if homeless := modules.keys() - PLACES.keys():
-        raise ValueError(f"{', '.join(homeless)}: not in PLACES")
+        raise ValueError(f"{', '.join(sorted(homeless))}: no place in PLACES; give it one")
     for start, ends in arrows.items():
         for end in ends:
             if PLACES[start][2] <= PLACES[end][2]:
