@@ -23,11 +23,12 @@ FIGURE = Path(__file__).with_suffix(".svg")
 SHARED = "shared"
 # Left and right edge of each box, and its row from the bottom. An arrow that does not point downwards is an error.
 PLACES = {
-    "commands": (1.6, 6.4, 5),
-    "api": (6.8, 8.4, 5),
-    "reporting": (1.6, 4.0, 4),
-    "inference": (4.4, 8.4, 4),
-    "training": (1.6, 8.4, 3),
+    "commands": (1.0, 6.8, 5),
+    "api": (7.2, 9.0, 5),
+    "reporting": (1.0, 3.1, 4),
+    "exporting": (3.5, 5.6, 4),
+    "inference": (6.0, 9.0, 4),
+    "training": (1.0, 9.0, 3),
     "input": (0.0, 3.2, 2),
     "network": (3.6, 6.4, 2),
     "distributed": (6.8, 10.0, 2),
@@ -88,7 +89,7 @@ def needed(arrows: Arrows) -> Arrows:
 
 def draw(modules: dict[str, list[str]], arrows: Arrows) -> Figure:
     """The boxes from the top down. Raises ValueError for a box without a place, and for an import upwards."""
-    if homeless := modules.keys() - PLACES.keys():
+    if homeless := (modules.keys() | arrows.keys()) - PLACES.keys():
         raise ValueError(f"{', '.join(sorted(homeless))}: no place in PLACES; give it one")
     for start, ends in arrows.items():
         for end in ends:
