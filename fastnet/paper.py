@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = SettingsParser(
         prog="python -m fastnet.paper",
         description="Trains the baseline and the LSTM network, averages them, predicts the test split, draws the "
-        "figures and writes a report. The flags of train.py hold for both networks; --head-epochs for the LSTM network alone, since the "
-        "paper's baseline has no frozen phase.",
+        "figures and writes a report. The flags of train.py hold for both networks; --head-epochs for the LSTM network "
+        "alone, since the paper's baseline has no frozen phase.",
     )
     parser.add_argument(
         "--data",

@@ -21,20 +21,18 @@ from fastnet.errors import InputError
 from fastnet.reporting.curves import QUANTITIES, STYLES, Curves, draw_curves, frame
 from fastnet.training.events import EpochEvent
 
-# What matplotlib draws in these colours follows the page's scheme: names of page.css.
-COLOURS = {
-    "#000000": "var(--ink)",
-    "#737373": "var(--muted)",
-    "#e6e6e6": "var(--line)",
-    "#0000ff": "var(--accent)",
-}
-INK, MUTED, ACCENT = "#000000", "#737373", "#0000ff"
-DRAWING = {"font.size": 9.5, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED}
+MUTED, ACCENT = "#737373", "#0000ff"
+# What is drawn in these colours follows the page's scheme, by the names in page.css.
+COLOURS = {"#000000": "var(--ink)", MUTED: "var(--muted)", "#e6e6e6": "var(--line)", ACCENT: "var(--accent)"}
+DRAWING: Any = {"font.size": 9.5, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED}
 ON_SCREEN = {
     "training": {**STYLES["training"], "linewidth": 1.1},
     "validation": {**STYLES["validation"], "color": ACCENT, "linewidth": 1.6},
 }
-RIGHT, WRONG = (37, 110, 204), (222, 90, 36)  # read on white and on black, alike without colour vision
+RIGHT, WRONG = (
+    (37, 110, 204),
+    (222, 90, 36),
+)  # clear on white and on black, and told apart without red or green
 THUMBNAIL = 96  # pixels of the longer side
 
 
@@ -49,7 +47,7 @@ def curve_charts(curves: Curves, tops: tuple[float, float]) -> dict[str, Markup]
             axis.yaxis.set_major_formatter(PercentFormatter(xmax=1))
 
     return {
-        quantity: _chart(partial(draw, quantity=quantity, top=top), f"{curves.name} {quantity}")
+        quantity: _chart(partial(draw, quantity=quantity, top=top), f"{curves.name!a} {quantity}")
         for quantity, top in zip(QUANTITIES, tops, strict=True)
     }
 
@@ -64,16 +62,13 @@ def speed_charts(epochs: Sequence[EpochEvent], name: str) -> dict[str, Markup]:
         _scale(axis, "epoch", None)
 
     def times(axis: Axes) -> None:
-        for key, style in (
-            ("step_ms_p95", {"color": MUTED, "linestyle": "--"}),
-            ("step_ms_p50", {"color": ACCENT}),
-        ):
+        for key, colour, line in (("step_ms_p95", MUTED, "--"), ("step_ms_p50", ACCENT, "-")):
             values = [np.nan if (value := getattr(event, key)) is None else value for event in epochs]
-            axis.plot(x, values, marker="o", markersize=3.5, **style)
+            axis.plot(x, values, color=colour, linestyle=line, marker="o", markersize=3.5)
         frame(axis)
         _scale(axis, "epoch", None)
 
-    return {"images": _chart(images, f"{name} images"), "times": _chart(times, f"{name} times")}
+    return {"images": _chart(images, f"{name!a} images"), "times": _chart(times, f"{name!a} times")}
 
 
 def _scale(axis: Axes, label: str, top: float | None) -> None:
