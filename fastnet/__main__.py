@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": "top-1, top-5 and loss of a run",
     "ensemble": "the average of several runs, and each of them",
     "predict": "classes of unlabelled images",
+    "export": "a run's network as a torch.export program, ONNX or safetensors weights",
     "figures": "loss and accuracy over training",
     "report": "one HTML page about runs: results, curves, mistakes, settings",
     "runs": "the runs below a directory, as a table",

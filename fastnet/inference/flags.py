@@ -1,4 +1,4 @@
-"""What the command lines of evaluate, ensemble and predict have in common."""
+"""What the command lines of evaluate, ensemble, predict and export have in common."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastnet.errors import InputError
 from fastnet.training.manifest import read_manifest
 
 
-def add_inference_flags(parser: Parser) -> None:
+def add_run_flags(parser: Parser) -> None:
     parser.add_argument(
         "--data",
         metavar="SET",
@@ -21,6 +21,10 @@ def add_inference_flags(parser: Parser) -> None:
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="which of a run's checkpoints"
     )
+
+
+def add_inference_flags(parser: Parser) -> None:
+    add_run_flags(parser)
     parser.add_argument("--batch-size", metavar="N", type=positive_int, default=128, help="images at a time")
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the networks run"

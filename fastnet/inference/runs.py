@@ -23,6 +23,7 @@ class TrainedRun:
     classes: list[str]
     words: list[str]
     step: int
+    data_hash: str
 
 
 def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun:
@@ -39,7 +40,7 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     network = Network(config, len(saved.classes))
     load_model(network, path, saved.model)
     network.to(runtime.device).eval()
-    return TrainedRun(config, network, saved.classes, saved.words, saved.position.step)
+    return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash)
 
 
 def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[str, TrainedRun]:

@@ -9,15 +9,15 @@ import torchvision
 
 from fastnet.errors import InputError
 from fastnet.network.network import Network
-from fastnet.network.stored import Unreadable, misfit, read_stored
+from fastnet.network.stored import Unreadable, misfit, read_safetensors, read_stored
 
 
 def load_backbone(network: Network, depth: int, weights: str) -> None:
     """Loads weights into `network.backbone`. `weights` is `imagenet` (torchvision's), `none`, or a file.
 
-    A file contains a state dict of torchvision's ResNet, or is a fastnet checkpoint. What `load_state_dict` fills in
-    by itself may be missing: torchvision's published files have no `num_batches_tracked`. Raises InputError if the
-    weights cannot be read or downloaded, or do not fit.
+    A file contains tensors under the names of torchvision's ResNet, as a PyTorch state dict or as safetensors, or is a
+    fastnet checkpoint. What `load_state_dict` fills in by itself may be missing: torchvision's published files have no
+    `num_batches_tracked`. Raises InputError if the weights cannot be read or downloaded, or do not fit.
     """
     if weights == "none":
         return
@@ -48,10 +48,13 @@ def _imagenet_state(depth: int) -> dict[str, Any]:
 def _file_state(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"--weights {path}: no such file; give imagenet, none, or a file")
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     try:
+        if kind == "safetensors":
+            return dict(read_safetensors(path)[0])
         loaded = read_stored(path)
     except Unreadable as error:
-        raise InputError(f"--weights {path}: not a readable PyTorch file: {error}") from error
+        raise InputError(f"--weights {path}: not a readable {kind} file: {error}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         prefix = "backbone."
         loaded = {

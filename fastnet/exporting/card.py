@@ -1,0 +1,230 @@
+"""The facts about an exported network, and the model card that tells them.
+
+The card is README.md in the form of the Hugging Face Hub: metadata in YAML, then text. Its code reads the file beside
+it without fastnet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastnet
+from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet
+from fastnet.exporting.check import Difference
+from fastnet.exporting.formats import FACTS, FORMATS
+from fastnet.exporting.plain import ChannelGroupResNet, lstm_sizes
+from fastnet.input.draws import MEAN, STD
+from fastnet.training.events import EpochEvent
+
+TITLES = {"torch": "a torch.export program", "onnx": "ONNX", "safetensors": "safetensors weights"}
+# Rounds as evaluation does, which resizes the shorter side and cuts out the centre.
+PREPROCESS = '''\
+def preprocess(path):
+    """An image file as [1, 3, S, S] float32."""
+    size, resize = facts["input"]["image_size"], facts["input"]["resize"]
+    image = ImageOps.fit(Image.open(path).convert("RGB"), (resize, resize), Image.Resampling.BILINEAR)
+    edge = (resize - size) // 2
+    pixels = np.asarray(image.crop((edge, edge, edge + size, edge + size)), np.float32) / 255
+    normalised = (pixels - facts["input"]["mean"]) / facts["input"]["std"]
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], np.float32)
+'''
+IMAGENET_TERMS = """\
+These weights were trained on images of ImageNet, or started from weights that were. ImageNet's terms of access allow
+its images for non-commercial research and education; whether and how they bind weights is not settled, so assume
+that they do. The licence of fastnet (Apache-2.0) covers its code, not these weights."""
+OTHER_TERMS = """\
+Nothing is known here of the rights in the training images and in the weights that training started from; state a
+licence before you pass this on. The licence of fastnet (Apache-2.0) covers its code, not these weights."""
+
+
+def facts_of(
+    config: Config, data: PreparedSet, classes: list[str], words: list[str], position: dict[str, Any]
+) -> dict[str, Any]:
+    """What every exported file says of itself, for JSON.
+
+    position: the checkpoint's name and step, and the validation scores at that step.
+    """
+    return {
+        "network": config.network,
+        "depth": config.depth,
+        "lstms": lstm_sizes(config) if config.network == "lstm" else {},
+        "input": {
+            "shape": ["batch", 3, config.image_size, config.image_size],
+            "dtype": "float32",
+            "colours": "RGB",
+            "mean": [round(value / 255, 6) for value in MEAN],
+            "std": [round(value / 255, 6) for value in STD],
+            "image_size": config.image_size,
+            "eval_crop": config.eval_crop,
+            "resize": round(config.image_size / config.eval_crop),
+        },
+        "classes": classes,
+        "words": words,
+        "data": {"name": data.name, "hash": data.hash},
+        **position,
+        # The path of a file of weights says nothing elsewhere.
+        "config": {**config.to_json(), "weights": Path(config.weights).name},
+        "versions": {"fastnet": fastnet.__version__, "torch": torch.__version__},
+    }
+
+
+def scores_at(epoch: EpochEvent | None) -> dict[str, Any]:
+    """The validation scores of an epoch's record; empty without one."""
+    if epoch is None:
+        return {}
+    return {"top1": epoch.val_top1, "top5": epoch.val_top5, "loss": epoch.val_loss, "count": epoch.val_count}
+
+
+def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked: Difference) -> str:
+    """The text of README.md for a file of the format `form`."""
+    # ImageNet's classes have the names of WordNet's synsets, and so have those that the sample set makes up.
+    synsets = all(re.fullmatch(r"n\d{8}", label) for label in facts["classes"])
+    imagenet = facts["config"]["weights"] == "imagenet" or (synsets and data.source["kind"] != "sample")
+    size, classes = facts["input"]["image_size"], len(facts["classes"])
+    resnet = f"ResNet-{facts['depth']}"
+    if facts["lstms"]:
+        stages = " and ".join(facts["config"]["stages"])
+        what = f"A {resnet} whose {stages} are read by LSTMs, one for each group of channels"
+    else:
+        what = f"A {resnet}"
+    scores = facts["scores"]
+    results = [
+        ("validation top-1", f"{scores['top1']:.4f}" if scores else "not measured at this step"),
+        *([("validation top-5", f"{scores['top5']:.4f}")] if scores else []),
+        *([("validation images", f"{scores['count']:,}")] if scores else []),
+        ("checkpoint", f"{facts['checkpoint']}, step {facts['step']:,}"),
+        ("data", f"{facts['data']['name']}, sha256 `{facts['data']['hash']}`"),
+        ("training started from", started_from(facts["config"]["weights"])),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in results)
+    return f"""\
+---
+{front_matter(name, facts, imagenet)}
+---
+
+# {name}
+
+{what}. It tells {classes} classes apart in images of {size} px, was trained with fastnet \
+{facts["versions"]["fastnet"]} on {facts["data"]["name"]}, and is stored here as {TITLES[form]}.
+
+| | |
+|---|---|
+{table}
+
+`{FORMATS[form].file}` has these facts as JSON, with the names of the classes in the order of the logits and all \
+settings of the training.
+
+## Input and output
+
+- Input: float32 [N, 3, {size}, {size}], RGB, any N. An image is resized to {facts["input"]["resize"]} px on its \
+shorter side, cropped to the {size} px of its centre, divided by 255 and normalised with ImageNet's mean \
+{facts["input"]["mean"]} and standard deviation {facts["input"]["std"]}. The network does not normalise.
+- Output: logits, float32 [N, {classes}]. Their softmax gives the scores.
+
+## How to use it
+
+```python
+{usage(form, facts)}```
+
+Before this file was written, its logits were compared with those of the checkpoint on images of the validation split.
+The largest difference was {checked.found:.1e}; rounding explains up to {checked.tolerance:.1e}.
+
+## Licence
+
+{IMAGENET_TERMS if imagenet else OTHER_TERMS}
+"""
+
+
+def started_from(weights: str) -> str:
+    known = {"none": "random weights", "imagenet": "torchvision's ImageNet weights (IMAGENET1K_V1)"}
+    return known.get(weights, f"the weights in {weights}")
+
+
+def front_matter(name: str, facts: dict[str, Any], imagenet: bool) -> str:
+    """The card's metadata. Values are JSON, which is YAML too, so no name can break out of its place."""
+    values: dict[str, Any] = {"library_name": "fastnet", "pipeline_tag": "image-classification"}
+    if imagenet:
+        values |= {"license": "other", "license_name": "imagenet"}
+        values["license_link"] = "https://image-net.org/download.php"
+    else:
+        values["license"] = "unknown"
+    values["tags"] = ["image-classification", f"resnet-{facts['depth']}"]
+    if facts["scores"]:
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": facts["data"]["name"], "type": facts["data"]["name"], "split": "validation"},
+            "metrics": [{"type": "accuracy", "name": "top-1", "value": facts["scores"]["top1"]}],
+        }
+        values["model-index"] = [{"name": name, "results": [result]}]
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
+
+
+def usage(form: str, facts: dict[str, Any]) -> str:
+    """Python code that classifies image.jpg with the file beside it."""
+    file = FORMATS[form].file
+    if form == "onnx":
+        return f"""\
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession("{file}")
+facts = json.loads(session.get_modelmeta().custom_metadata_map["{FACTS}"])
+
+
+{PREPROCESS}
+
+(logits,) = session.run(["logits"], {{"images": preprocess("image.jpg")}})
+print(facts["words"][logits[0].argmax()])
+"""
+    if form == "torch":
+        imports = "import torch\nfrom PIL import Image, ImageOps"
+        load = f"""\
+extra = {{"{FACTS}": ""}}
+network = torch.export.load("{file}", extra_files=extra).module()
+facts = json.loads(extra["{FACTS}"])
+"""
+    else:
+        imports = "import torch\nimport torchvision\nfrom PIL import Image, ImageOps\nfrom safetensors import safe_open"
+        if facts["lstms"]:
+            imports += "\nfrom torch import Tensor, nn"
+        load = f"""\
+with safe_open("{file}", framework="pt") as file:
+    tensors = {{name: file.get_tensor(name) for name in file.keys()}}
+    facts = json.loads(file.metadata()["{FACTS}"])
+{network_of(facts)}network.load_state_dict(tensors)
+network.eval()
+"""
+    return f"""\
+import json
+
+import numpy as np
+{imports}
+
+{load}
+
+{PREPROCESS}
+
+with torch.no_grad():
+    logits = network(torch.from_numpy(preprocess("image.jpg")))
+print(facts["words"][int(logits[0].argmax())])
+"""
+
+
+def network_of(facts: dict[str, Any]) -> str:
+    """Code that makes `network` with random weights."""
+    resnet = f"torchvision.models.resnet{facts['depth']}"
+    if not facts["lstms"]:
+        return f"network = {resnet}(num_classes={len(facts['classes'])})\n"
+    source = inspect.getsource(ChannelGroupResNet)
+    arguments = f'{resnet}(), facts["lstms"], {len(facts["classes"])}'
+    return f"\n\n{source}\n\nnetwork = ChannelGroupResNet({arguments})\n"
