@@ -86,7 +86,10 @@ def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | Non
 
 
 class Writer:
-    """Saves in the background: `save` returns once the state is copied to the CPU, and a thread writes the file.
+    """Saves in the background: `save` has the state copied to the CPU, and a thread writes the file.
+
+    From a GPU it is copied into pinned memory in the order of the GPU's work. The training does not wait for that, and
+    its next step changes the weights only afterwards. The thread waits for all copies at once.
 
     A save waits for the one before it, and raises the error that one ended with. Leaving the `with` block waits for
     the last one.
@@ -105,7 +108,17 @@ class Writer:
 
     def save(self, content: dict[str, Any], *, best: bool) -> None:
         self.finish()
-        self.pending = self.pool.submit(save, self.path, _on_cpu(content), best=best, lock=self.lock)
+        copied = _on_cpu(content)
+        ready = None
+        if torch.cuda.is_initialized():
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending = self.pool.submit(self._write, copied, ready, best=best)
+
+    def _write(self, content: dict[str, Any], ready: torch.cuda.Event | None, *, best: bool) -> None:
+        if ready is not None:
+            ready.synchronize()
+        save(self.path, content, best=best, lock=self.lock)
 
     def finish(self) -> None:
         """Waits for the save under way. Raises InputError if it failed."""
@@ -115,9 +128,10 @@ class Writer:
 
 
 def _on_cpu(value: Any) -> Any:
-    """`value` with every tensor in it copied to the CPU."""
+    """`value` with every tensor in it copied to the CPU; copies from a GPU may still be under way."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+        return copy.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         return {key: _on_cpu(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -24,7 +24,7 @@ def run_python(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
     )

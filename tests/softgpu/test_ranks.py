@@ -20,6 +20,7 @@ FLAGS += ["--epochs", "1", "--max-steps", "6", "--precision", "fp32", "--log-eve
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ranks")
 @needs_compiler
 def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ QUICK = ("budgets", "device")
 
 
 @needs_compiler
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "group", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GROUPS]
 )

@@ -107,6 +107,20 @@ def test_records_and_validation_read_the_device_once(tiny_set: Path, tmp_path: P
             assert seen.counts["d2h"] == 1 and len(seen.waits) == 2, seen.waits
 
 
+def test_a_save_waits_once_and_not_in_the_training(tiny_set: Path, tmp_path: Path) -> None:
+    """The state goes into pinned memory; the thread that writes it waits for all copies at once."""
+    with tiny_trainer("baseline", "cuda", torch.bfloat16, tiny_set, tmp_path) as trainer:
+        begin(trainer, 1)
+        trainer.train_step()
+        state = {"model": trainer.network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+        with softgpu.watch() as seen:
+            trainer.writer.save(state, best=False)
+            trainer.writer.finish()
+        trainer.train_step()
+    assert seen.counts["d2h"] > 100 and not seen.counts["pageable"]
+    assert len(seen.waits) == 1 and "ready.synchronize()" in seen.waits[0], seen.waits
+
+
 def test_one_gpu_more_than_there_is(monkeypatch: pytest.MonkeyPatch, tiny_set: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(Exception, match="more ranks than the 1 GPUs"):
