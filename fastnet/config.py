@@ -67,7 +67,7 @@ class Config:
     weights: str = _flag(
         "imagenet",
         "network",
-        "what the ResNet starts from: imagenet, none (random), or a file with ResNet weights or a checkpoint",
+        "what the ResNet starts from: imagenet, none (random), or a file: a state dict, safetensors, or a checkpoint",
     )
     backend: Literal["auto", "triton", "torch"] = _flag(
         "auto",
