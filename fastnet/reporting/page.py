@@ -66,7 +66,10 @@ def render(data: PreparedSet, split: Split, runs: Sequence[RunResult], average: 
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     points = [point for run in runs for point in (*run.curves.training, *run.curves.validation)]
     # Axes that all runs share, so that their charts compare.
-    tops = (1.05 * max(loss for _, loss, _ in points), min(1.0, 1.05 * max(top1 for _, _, top1 in points)))
+    tops = (
+        1.05 * max(loss for _, loss, _ in points) or 1.0,
+        min(1.0, 1.05 * max(top1 for _, _, top1 in points)) or 1.0,
+    )
     return environment.get_template("page.html").render(
         data=data,
         count=len(split),

@@ -73,7 +73,7 @@ def speed_charts(epochs: Sequence[EpochEvent], name: str) -> dict[str, Markup]:
 
 def _scale(axis: Axes, label: str, top: float | None) -> None:
     axis.set_xlabel(label, color=MUTED)
-    axis.set_ylim(0, top)
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1] if top is None else top)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
 
 
