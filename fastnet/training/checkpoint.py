@@ -111,7 +111,7 @@ class Writer:
         copied = _on_cpu(content)
         ready = None
         if torch.cuda.is_initialized():
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event(blocking=True)  # its thread sleeps until then
             ready.record()
         self.pending = self.pool.submit(self._write, copied, ready, best=best)
 

@@ -31,3 +31,13 @@ def test_group(group: str) -> None:
     (file, *chosen), options = GROUPS[group]
     inside = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
     run_python(["-m", "softgpu", *options, *inside, str(CHECKS / file), *chosen])
+
+
+@needs_compiler
+def test_report(tmp_path: Path) -> None:
+    """A script by its path, and what it asked of CUDA at its end."""
+    script = tmp_path / "script.py"
+    script.write_text("import torch\nprint(torch.ones(3, device='cuda').sum().item())\n")
+    done = run_python(["-m", "softgpu", "--report", str(script)])
+    assert done.stdout == "3.0\n"
+    assert "'waits': 1" in done.stderr and "softgpu: 2 operators" in done.stderr
