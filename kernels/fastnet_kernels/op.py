@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -130,24 +131,32 @@ def choose(backend: Backend, device: torch.device, dtype: torch.dtype, hidden: i
 
 def _obstacle(device: torch.device, dtype: torch.dtype, hidden: int) -> str | None:
     """Why the Triton kernels cannot run on `device`, if so."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
+    missing = _without_triton()
+    if missing:
+        return missing
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{dtype} is not float32, float16 or bfloat16"
     if hidden > LARGEST_HIDDEN:
         return f"{hidden} hidden units, the kernels take up to {LARGEST_HIDDEN}"
     if device.type == "cpu":
-        return (
-            None
-            if triton.knobs.runtime.interpret
-            else "CPU tensors run in Triton's interpreter only, TRITON_INTERPRET=1"
-        )
+        from triton import knobs
+
+        if knobs.runtime.interpret:
+            return None
+        return "CPU tensors run in Triton's interpreter only, TRITON_INTERPRET=1"
     if device.type != "cuda":
         return f"there are no kernels for {device.type} tensors"
     if architecture(device) < 80:
         return f"{device} is older than compute capability 8.0"
+    return None
+
+
+@cache
+def _without_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
     return None
 
 
