@@ -1,0 +1,288 @@
+"""The export command: what the files compute and say of themselves, and what it refuses to write or read."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from fastnet import api, export, train
+from fastnet.config import Config
+from fastnet.data.prepared import open_set
+from fastnet.errors import InputError
+from fastnet.exporting.formats import FORMATS
+from fastnet.network.network import Network
+from fastnet.network.weights import load_backbone
+from tests.support.official import jpeg
+
+
+@pytest.fixture(scope="module")
+def small_lstm(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LSTM network of one stage: torch.export takes its time for each step of an LSTM."""
+    run = tmp_path_factory.mktemp("small") / "lstm"
+    flags = ["--network", "lstm", "--stages", "conv2", "--seq-len", "32", "--image-size", "32"]
+    flags += ["--head-epochs", "0", "--epochs", "1", "--batch-size", "14", "--lr", "0.005"]
+    train.main(["sample", "--data", str(tiny_set), *flags, "--run-dir", str(run)])
+    return run
+
+
+def checkpoint_logits(run: Path, images: Tensor) -> Tensor:
+    network = api.load_run(run, device="cpu").network
+    with torch.inference_mode():
+        return network(images.to(memory_format=torch.channels_last))
+
+
+def run_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the code of the model card beside the files, as its reader would; gives the names that it makes."""
+    monkeypatch.chdir(out)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    return names
+
+
+def as_function(names: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What the card's code has loaded, as a function from images to logits."""
+    if "session" in names:
+        return lambda x: torch.from_numpy(names["session"].run(["logits"], {"images": x.numpy()})[0])
+    return names["network"]
+
+
+@pytest.mark.parametrize("network", ["baseline", "lstm"])
+@pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "safetensors"])
+def test_exports_compute_and_tell_what_the_checkpoint_does(
+    form: str,
+    network: str,
+    runs: list[Path],
+    small_lstm: Path,
+    tiny_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, out = {"baseline": runs[0], "lstm": small_lstm}[network], tmp_path / "out"
+    done = export.main([str(run), "--format", form, "--out", str(out)])
+    assert sorted(done["files"]) == sorted(str(path) for path in out.iterdir())
+    assert done["difference"] <= done["tolerance"] and done["count"] == 10
+
+    # Without loss, as two libraries may decode a JPEG to pixels that differ by one.
+    Image.open(io.BytesIO(jpeg(5, size=32))).save(out / "image.jpg", "PNG")
+    names = run_card(out, monkeypatch)
+    logits = as_function(names)
+    data = open_set(tiny_set)
+    with closing(api.batches(data, "val", image_size=32, batch_size=10)) as batches:
+        images = next(batches).x.contiguous()
+    x = torch.from_numpy(names["preprocess"]("image.jpg"))
+    with torch.no_grad():
+        for batch in (images[:3], images[3:], x):  # neither the traced size nor those of the command's check
+            assert (logits(batch) - checkpoint_logits(run, batch)).abs().max() <= done["tolerance"]
+    # The card prepares an image as validation does: the same pixels, with one more rounding in the normalisation.
+    scores = api.load_run(run, device="cpu").predict(["image.jpg"])
+    torch.testing.assert_close(logits(x).softmax(1), scores, rtol=0, atol=done["tolerance"])
+
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    facts = names["facts"]
+    assert (facts["classes"], facts["words"]) == (data.classes, data.words)
+    assert facts["input"]["mean"] == [0.485, 0.456, 0.406] and facts["input"]["std"] == [0.229, 0.224, 0.225]
+    assert facts["input"]["shape"] == ["batch", 3, 32, 32] and facts["input"]["eval_crop"] == 1.0
+    assert facts["data"]["hash"] == data.hash and facts["config"]["network"] == network
+    assert (facts["step"], facts["scores"]["top1"]) == (last["step"], last["val_top1"])
+
+    _, metadata, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    front = yaml.safe_load(metadata)
+    assert front["license_name"] == "imagenet"  # the classes have names of WordNet
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == last["val_top1"]
+    assert f"| validation top-1 | {last['val_top1']:.4f} |" in text and data.hash in text
+    assert b"site-packages" not in (out / FORMATS[form].file).read_bytes()  # no paths of this machine
+
+    groups = 0 if network == "baseline" else 2
+    if form == "torch":
+        operators = [str(node.target) for node in names["network"].graph.nodes if node.op == "call_function"]
+        assert operators.count("aten.lstm.input") == groups
+        assert all(name.startswith(("aten.", "<built-in function getitem>")) for name in operators)
+    if form == "onnx":
+        assert names["session"].get_inputs()[0].shape == ["batch", 3, 32, 32]
+        import onnx
+
+        nodes = onnx.load(out / "model.onnx").graph.node
+        assert [node.op_type for node in nodes].count("LSTM") == groups
+
+
+@pytest.mark.slow
+def test_the_program_loads_with_torch_alone(small_lstm: Path, tmp_path: Path) -> None:
+    export.main([str(small_lstm), "--format", "torch", "--out", str(tmp_path / "out")])
+    code = (
+        "import sys, torch\n"
+        "network = torch.export.load('model.pt2').module()\n"
+        "print(*network(torch.zeros(4, 3, 32, 32)).shape)\n"
+        "assert not {'fastnet', 'fastnet_kernels', 'torchvision'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path / "out", capture_output=True, text=True
+    )
+    assert done.stdout == "4 3\n", done.stderr
+
+
+def test_weights_have_torchvisions_and_nn_lstms_names(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both networks as users have them: the LSTM network with 12 LSTMs in two stages."""
+    from safetensors.torch import load_file
+
+    for run in runs:
+        out = tmp_path / run.name
+        export.main([str(run), "--format", "safetensors", "--out", str(out)])
+        tensors = load_file(out / "model.safetensors")
+        network = api.load_run(run, device="cpu").network
+        resnet = torchvision.models.resnet18(num_classes=3).state_dict()
+        lstms = [] if network.lstm is None else network.lstm.to_lstms()
+        names = [f"lstms.layer3.{g}" for g in range(4)] + [f"lstms.layer4.{g}" for g in range(8)]
+        expected = {
+            f"{name}.{parameter}": tensor
+            for name, lstm in zip(names, lstms, strict=False)
+            for parameter, tensor in lstm.state_dict().items()
+        }
+        assert len(lstms) == (12 if run.name == "lstm" else 0)
+        assert tensors.keys() == resnet.keys() | expected.keys()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+        other = Network(Config(image_size=64), 5)
+        load_backbone(other, 18, str(out / "model.safetensors"))
+        for name, tensor in other.backbone.state_dict().items():
+            assert torch.equal(tensor, network.backbone.state_dict()[name])
+
+
+def scaled(state: dict[str, Tensor]) -> None:
+    """The smallest of the ways in which a tensor may be wrong that tests still see: a percent in one batch norm."""
+    state["layer1.0.bn1.weight"] = state["layer1.0.bn1.weight"] * 1.01
+
+
+def other_gate_order(state: dict[str, Tensor]) -> None:
+    i, f, g, o = state["lstms.layer1.1.weight_hh_l0"].chunk(4)
+    state["lstms.layer1.1.weight_hh_l0"] = torch.cat([i, o, f, g])  # as ONNX has them
+
+
+def other_group_order(state: dict[str, Tensor]) -> None:
+    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        one, two = f"lstms.layer1.0.{name}", f"lstms.layer1.1.{name}"
+        state[one], state[two] = state[two], state[one]
+
+
+def not_finite(state: dict[str, Tensor]) -> None:
+    state["fc.bias"] = torch.full_like(state["fc.bias"], float("nan"))
+
+
+@pytest.mark.parametrize("damage", [scaled, other_gate_order, other_group_order, not_finite])
+def test_an_export_that_computes_something_else_is_not_written(
+    damage: Callable[[dict[str, Tensor]], None],
+    small_lstm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = export.plain_state
+
+    def wrong(network: Network) -> dict[str, Tensor]:
+        state = right(network)
+        damage(state)
+        return state
+
+    monkeypatch.setattr(export, "plain_state", wrong)
+    with pytest.raises(
+        InputError,
+        match=r"--format safetensors: the exported network's logits differ from the checkpoint's by .*nothing was",
+    ):
+        export.main([str(small_lstm), "--format", "safetensors", "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_only_an_earlier_export_is_replaced(
+    runs: list[Path], set_without_test_split: Path, tmp_path: Path
+) -> None:
+    command = [str(runs[0]), "--format", "safetensors", "--out", str(tmp_path)]
+    export.main(command)
+    written = (tmp_path / "model.safetensors").read_bytes()
+    export.main(command)
+    assert (tmp_path / "model.safetensors").read_bytes() == written
+    with pytest.raises(
+        InputError, match=r"contains model.safetensors, which is not of this export; give a new"
+    ):
+        export.main([str(runs[0]), "--format", "torch", "--out", str(tmp_path)])
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "README.md").write_text("of something else")
+    with pytest.raises(InputError, match=r"contains README.md"):
+        export.main(command)
+    assert (tmp_path / "README.md").read_text() == "of something else"
+    with pytest.raises(InputError, match=r"not the set that .*baseline was trained on"):
+        export.main([*command[:3], "--out", str(tmp_path / "new"), "--data", str(set_without_test_split)])
+
+
+@pytest.mark.parametrize(
+    ("form", "package"), [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("safetensors", "safetensors")]
+)
+def test_a_missing_package_is_named(
+    form: str, package: str, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"needs the package {package}; install it with: pip install 'fastnet\[export\]'"
+    with pytest.raises(InputError, match=f"--format {form}: {message}"):
+        export.main([str(runs[0]), "--format", form, "--out", str(tmp_path / "out")])
+    if package == "safetensors":
+        (tmp_path / "x.safetensors").touch()
+        with pytest.raises(InputError, match=f"x.safetensors: {message}"):
+            load_backbone(Network(Config(image_size=64), 5), 18, str(tmp_path / "x.safetensors"))
+
+
+def safetensors(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(dtype: str, shape: list[int], size: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+
+
+CONV1 = [64, 3, 7, 7]
+HOSTILE = {
+    "empty": (b"", "not a readable safetensors file: .*header too small"),
+    "endless header": (
+        safetensors({}, length=1 << 62),
+        "not a readable safetensors file: its header has 4,6",
+    ),
+    "no JSON": (safetensors(b"{" * 100), "not a readable safetensors file"),
+    "deep JSON": (safetensors(b'{"a":' + b"[" * 10_000), "not a readable safetensors file"),
+    "no UTF-8": (safetensors(b'{"\xff":1}'), "not a readable safetensors file"),
+    "beyond the end": (
+        safetensors({"conv1.weight": tensor("F32", [9], 36)}),
+        "not a readable safetensors file",
+    ),
+    "overflow": (safetensors({"conv1.weight": tensor("F32", [1 << 62, 4], 4)}, b"1234"), "not a readable"),
+    "negative": (safetensors({"conv1.weight": tensor("F32", [-1], 4)}, b"1234"), "not a readable"),
+    "other shape": (safetensors({"conv1.weight": tensor("F32", [1], 4)}, b"1234"), r"conv1.weight is \[1\]"),
+    "whole numbers": (safetensors({"conv1.weight": tensor("I8", CONV1, 9408)}, bytes(9408)), "is torch.int8"),
+    "8 bits": (safetensors({"conv1.weight": tensor("F8_E5M2", CONV1, 9408)}, bytes(9408)), "is torch.float8"),
+    "no tensors": (safetensors({}), "has no tensor conv1.weight"),
+    "a PyTorch file": (b"PK\x03\x04" + bytes(100), "not a readable safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_safetensors_are_one_line(case: str, tmp_path: Path) -> None:
+    content, message = HOSTILE[case]
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"--weights {path}: .*{message}") as error:
+        load_backbone(Network(Config(image_size=64), 5), 18, str(path))
+    assert "\n" not in str(error.value)
