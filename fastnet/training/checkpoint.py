@@ -227,7 +227,10 @@ def restore(
     """Puts the checkpoint's state into the optimiser and loss scaler. Raises InputError if it does not fit."""
     try:
         optimizer.load_state_dict(saved.optimizer or {})
-        scaler.load_state_dict(saved.scaler)
+        if (
+            saved.scaler
+        ):  # empty if it was not fp16 until now: what --precision auto means depends on the device
+            scaler.load_state_dict(saved.scaler)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 for value in optimizer.state[p].values():

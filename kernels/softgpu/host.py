@@ -67,8 +67,8 @@ class Placement:
                 return alias(value)
             if value.dim() and not self.host_tensors:
                 raise RuntimeError(
-                    f"softgpu: {self.operator}: expected all tensors to be on the same device, but found one on "
-                    f"{value.device} of shape {tuple(value.shape)} beside cuda:{self.device}"
+                    f"softgpu: {self.operator}: expected all tensors to be on the same device, but found one on the "
+                    f"{value.device} of shape {tuple(value.shape)}"
                 )
             return value
         if isinstance(value, list | tuple):

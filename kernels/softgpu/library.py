@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 SOURCES = sorted(Path(__file__).with_name("cuda").glob("*.[ch]"))
@@ -30,7 +29,7 @@ def build() -> Path:
     Raises RuntimeError without a C compiler ($CC, gcc or clang) or without Triton, which brings CUDA's headers.
     """
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
-    cache = Path(tempfile.gettempdir()) / f"softgpu-{os.getuid()}" / digest
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softgpu" / digest
     library = cache / "libcuda.so.1"
     if library.exists():
         return library
@@ -41,7 +40,7 @@ def build() -> Path:
     if compiler is None:
         raise RuntimeError("softgpu needs a C compiler; install gcc or clang, or set $CC")
     headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cache.mkdir(parents=True, exist_ok=True)
     beside = cache / f"{os.getpid()}.so"
     flags = ["-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
     sources = [str(path) for path in SOURCES if path.suffix == ".c"]

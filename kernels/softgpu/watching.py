@@ -41,7 +41,7 @@ class Launch(NamedTuple):
     stats: Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """What happened in a `watch` block.
 

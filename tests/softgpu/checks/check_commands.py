@@ -72,6 +72,17 @@ def test_a_stopped_run_continues_to_the_bit(
     assert_same_end(tmp_path / "run", baseline)
 
 
+def test_a_run_of_the_cpu_continues_on_an_older_gpu(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--precision auto means float32 first and then, without bf16, fp16, whose loss scaling begins there."""
+    flags = ("--network", "baseline", "--max-steps")
+    run_here(tiny_set, tmp_path / "run", *flags, "3", "--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert run_here(tiny_set, tmp_path / "run", *flags, "4")["step"] == 4
+    assert load(tmp_path / "run" / "last.pt").scaler["scale"] > 0
+
+
 def test_after_training(baseline: Path, lstm: Path, tiny_set: Path, tmp_path: Path) -> None:
     data = ["--data", str(tiny_set)]
     for run in (baseline, lstm):
