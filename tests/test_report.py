@@ -353,6 +353,15 @@ def test_what_a_record_lacks_is_left_out(tmp_path: Path) -> None:
     assert not Page(render(data, split, [run], None)).table_list("epoch")
 
 
+def test_a_run_of_another_set_is_marked(tmp_path: Path) -> None:
+    data, split = small_set(3, 12)
+    run = run_result(tmp_path, split, 3, "lstm", "lstm")
+    warning = "trained on another set than the one that it is scored on"
+    assert warning not in render(data, split, [run], None)
+    run.manifest.data["hash"] = "1" * 64
+    assert warning in render(data, split, [run], None)
+
+
 def test_bad_input_is_one_line_and_leaves_no_page(runs: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(runs[0], broken)

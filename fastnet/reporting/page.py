@@ -107,12 +107,11 @@ def run_section(data: PreparedSet, split: Split, run: RunResult, tops: tuple[flo
     epochs = run.curves.epochs
     return {
         "name": run.name,
-        "config": run.manifest.config,
         "network": run.network,
         "checkpoint": run.checkpoint,
         "step": run.step,
         "totals": run.totals,
-        "curves": run.curves,
+        "other_set": run.manifest.data.get("hash") != data.hash,
         "charts": {**curve_charts(run.curves, tops), **speed_charts(epochs, run.name)},
         "epochs": epochs,
         "speed": speed(epochs),
@@ -158,7 +157,6 @@ def matrix_view(matrix: np.ndarray, words: Sequence[str]) -> dict[str, Any]:
     rows, columns = np.nonzero(matrix)
     return {
         "src": confusion_png(matrix),
-        "size": size,
         "side": side,
         "margin": 150 if named else 40,
         "ticks": [
