@@ -29,6 +29,7 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+@pytest.mark.slow
 def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "paper"
     with subprocess.Popen(

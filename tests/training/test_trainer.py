@@ -121,6 +121,7 @@ def test_label_smoothing_trains_and_is_not_in_the_recorded_loss(tiny_set: Path, 
     assert not torch.equal(load(plain / "last.pt").model[name], load(smooth / "last.pt").model[name])
 
 
+@pytest.mark.slow
 def test_lstms_beyond_the_kernels_limit_train_with_torch(tiny_set: Path, tmp_path: Path) -> None:
     """conv2 at 160 px: 1600 hidden units."""
     flags = [
