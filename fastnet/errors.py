@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from pathlib import Path
 
 
@@ -35,3 +36,13 @@ def unreadable(error: OSError, path: Path | str) -> InputError:
     return InputError(
         f"{path}: cannot be read ({error.strerror or error}); check the file and its permissions"
     )
+
+
+def printable(text: str) -> str:
+    r"""The text with what a terminal should not get, or cannot show, as escapes such as \x1b.
+
+    A file name may hold control characters and bytes that are no text.
+    """
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,12 +1,13 @@
 """Prepares a set: python -m fastnet.prepare SOURCE --out SET.
 
-Reads any source once, decodes every image once (a bad one is refused by name here, since it would stop the
-training pipeline later), and writes one Arrow file per split. All is written to a folder beside the target,
-which is renamed when it is whole: a failed or killed run leaves nothing that opens.
+Reads a source once, decodes every image (a bad one would stop training later, so it is refused by name here), and
+writes one Arrow file per split. Everything is written to a folder beside the target, which is renamed when it is
+whole: a run that fails or is killed leaves nothing that opens as a set.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastnet.data.download import download
 from fastnet.data.prepared import PreparedSet
 from fastnet.data.preparing import prepare
 from fastnet.data.sources import find_source, sample_source
-from fastnet.errors import InputError
+from fastnet.errors import InputError, printable
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "source",
         help="the Tiny ImageNet zip or its extracted folder, a Parquet file or a folder of them, a folder of class "
-        "folders, 'sample' (the embedded sample), or 'download' (fetch the official zip beside SET first)",
+        "folders, 'sample' (the generated sample set), or 'download' (fetch the official zip beside SET first)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="SET", help="the directory to make")
     parser.add_argument(
@@ -44,6 +45,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         source = find_source(download(args.out.parent / "tiny-imagenet-200.zip"))
     else:
         source = find_source(Path(args.source))
+    if source.left_out:
+        count, first = len(source.left_out), ", ".join(source.left_out[:10])
+        note = f"{count:,} files are left out, as their names are not those of images: {first}"
+        print(
+            printable(f"{source.place}: {note}{', ...' if count > 10 else ''}"), file=sys.stderr, flush=True
+        )
     prepared, made = prepare(source, args.out, args.val_fraction)
     report(prepared, made, time.monotonic() - started)
     return {
@@ -63,10 +70,11 @@ def report(prepared: PreparedSet, made: bool, seconds: float) -> None:
     known = [official[source["official"]]] if source["official"] is not None else []
     known += [f"{source['bytes']:,} bytes"] if source["bytes"] else []
     known += [f"md5 {source['md5']}"] if source["bytes"] else []
-    print(f"source: {source['kind']}{' ' + source['path'] if source['path'] else ''}", *known, sep=", ")
+    name = f"{source['kind']} {source['path'] or ''}".rstrip()
+    print(printable(f"source: {', '.join([name, *known])}"))
     counts = ", ".join(f"{len(split):,} {name}" for name, split in prepared.splits.items())
     done = f"prepared in {seconds:.1f} s" if made else "was there already, with the same content"
-    print(f"{prepared.path}: {len(prepared.classes)} classes, {counts}; {done}", flush=True)
+    print(printable(f"{prepared.path}: {len(prepared.classes)} classes, {counts}; {done}"), flush=True)
 
 
 def cli() -> NoReturn:

@@ -1,3 +1,5 @@
+"""The set that a command uses: the one it is given, or the one that is there."""
+
 from __future__ import annotations
 
 import os
@@ -5,11 +7,15 @@ import sys
 from pathlib import Path
 
 from fastnet.data.prepared import PreparedSet, open_set
+from fastnet.errors import printable
 
 
 def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
-    """Opens the set to use and says which and why in one line: `choice` (--data), else $FASTNET_DATA, else
-    data/tiny-imagenet, else data/sample, which is made on first use (by one process if many ask at once).
+    """Opens the set to use, and says on stderr which it is and why.
+
+    It is `choice`, else $FASTNET_DATA, else data/tiny-imagenet if it exists, else data/sample, the generated sample
+    set, which is made on first use; if many processes ask at once, one makes it. `why` says where `choice` is from.
+    Raises InputError as `open_set` does.
     """
     environment = os.environ.get("FASTNET_DATA")
     official, sample = Path("data/tiny-imagenet"), Path("data/sample")
@@ -18,15 +24,16 @@ def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     elif environment:
         path, why = Path(environment), "$FASTNET_DATA"
     elif official.exists():
-        path, why = official, "the default, as it is there"
+        path, why = official, "the default, since it exists"
     else:
         from fastnet.data.preparing import prepare_sample
 
-        path, why = sample, f"the embedded sample, as there is no --data, $FASTNET_DATA or {official}"
+        path, why = sample, f"the generated sample set, since there is no --data, $FASTNET_DATA or {official}"
         if not path.exists():
             prepare_sample(path)
     chosen = open_set(path)
     if os.environ.get("RANK", "0") == "0":
         counts = ", ".join(f"{len(split)} {name}" for name, split in chosen.splits.items())
-        print(f"data: {path} ({why}): {len(chosen.classes)} classes, {counts}", file=sys.stderr, flush=True)
+        line = f"data: {path} ({why}): {len(chosen.classes)} classes, {counts}"
+        print(printable(line), file=sys.stderr, flush=True)
     return chosen

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fastnet.data.decoding import CHUNK_PIXELS, Decoder
 
@@ -43,15 +43,15 @@ def header_size(image: bytes) -> tuple[int, int]:
         if image.startswith(PNG):
             length, kind, width, height = struct.unpack_from(">I4sII", image, len(PNG))
             if length != 13 or kind != b"IHDR":
-                raise BadImage("is a bad image (its PNG header is damaged)")
+                raise BadImage("is a bad image (its PNG header is damaged); get it again or remove it")
         elif image.startswith(JPEG):
             height, width = _jpeg_size(image)
         else:
-            raise BadImage("is neither JPEG nor PNG")
+            raise BadImage("is neither JPEG nor PNG; remove or convert it")
     except struct.error:
-        raise BadImage("is a truncated image (its header is cut off)") from None
+        raise BadImage("is a truncated image (its header is cut off); get it again or remove it") from None
     if not height or not width:
-        raise BadImage("is a bad image (it has no pixels)")
+        raise BadImage("is a bad image (it has no pixels); get it again or remove it")
     if height * width > MAX_PIXELS:
         raise BadImage(
             f"is {width} x {height} pixels, more than {MAX_PIXELS >> 20} million pixels; make it smaller"
@@ -65,7 +65,7 @@ def _jpeg_size(image: bytes) -> tuple[int, int]:
         at = max(at, FILL.match(image, at).end() - 1)  # type: ignore[union-attr]  # fill bytes may precede a marker
         start, marker, length = struct.unpack_from(">BBH", image, at)
         if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == JPEG_SCAN[1] or length < 2:
-            raise BadImage("is a bad image (its JPEG header is damaged)")
+            raise BadImage("is a bad image (its JPEG header is damaged); get it again or remove it")
         if marker in SIZE_MARKERS:
             height, width = struct.unpack_from(">HH", image, at + 5)
             return height, width
@@ -78,7 +78,7 @@ def check_header(image: bytes, height: int, width: int) -> None:
     if found != (height, width):
         raise BadImage(f"is {found[1]} x {found[0]} pixels, but recorded as {width} x {height}")
     if image.count(JPEG_SCAN) > MAX_SCANS:
-        raise BadImage(f"is a bad image (it has more than {MAX_SCANS} scans)")
+        raise BadImage(f"is a bad image (it has more than {MAX_SCANS} scans); get it again or remove it")
 
 
 class Examiner:
@@ -139,17 +139,15 @@ def _large(size: tuple[int, int] | BadImage) -> bool:
 def _examine_by_pil(image: bytes) -> tuple[int, int]:
     if len(image) > MAX_BYTES:
         raise BadImage(f"has {len(image):,} bytes, more than {MAX_BYTES >> 20} MB; make it smaller")
+    size = header_size(image)
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
-            size = header_size(image)
             check_header(image, picture.height, picture.width)
             with _one_large_image if _large(size) else nullcontext():
                 picture.load()
             png = picture.format == "PNG"
     except BadImage:
         raise
-    except UnidentifiedImageError:
-        raise BadImage("is neither JPEG nor PNG; remove or convert it") from None
     except Exception as error:  # PIL's decoders raise all kinds of errors on bad data
         raise BadImage(f"is a bad image ({error}); get it again or remove it") from None
     # PIL takes a file whose end is missing or zeroed, which DALI may not.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from msgspec import Meta
 
-from fastnet.data.image import MAX_PIXELS, BadImage, check_header
+from fastnet.data.image import MAX_PIXELS, BadImage, Examiner, check_header
 from fastnet.errors import InputError, unreadable
 
 FORMAT = 1
@@ -33,6 +35,7 @@ SCHEMA = pa.schema(
         pa.field("width", pa.int32(), nullable=False),
     ]
 )
+MAGIC = b"ARROW1\0\0"
 MAX_META = 1 << 26  # bytes of set.json
 LEAST_ROW = (
     28  # bytes of an image's entries in the columns: fewer per row cannot be, however a file repeats itself
@@ -117,6 +120,14 @@ class Split:
                 raise InputError(f"{self.path}: {self.names[i]} {error}") from error
             self._checked[i] = True
         return image
+
+    def refuse_undecodable(self, index: Iterable[int]) -> None:
+        """Raises InputError for the first of these images that cannot be decoded, since DALI's error names none."""
+        examine = Examiner()
+        for i in index:
+            (found,) = examine([self.jpeg(i).tobytes()])
+            if isinstance(found, BadImage):
+                raise InputError(f"{self.path}: {self.names[i]} {found}")
 
     @cached_property
     def _checked(self) -> bytearray:
@@ -231,10 +242,17 @@ def read_table(path: Path, buffer: pa.Buffer, count: int) -> tuple[pa.Table, np.
     reader = pa.ipc.open_file(buffer)
     if not reader.schema.equals(SCHEMA):
         raise damaged(path, "its columns are not those of a prepared set")
+    # One message after the other, since the footer could name one many times, and since buffers that are compressed,
+    # as no prepared set's are, must not be unpacked: they may hold any amount of memory.
+    messages = pa.ipc.MessageReader.open_stream(buffer.slice(len(MAGIC)))
+    messages.read_next_message()  # the schema
     batches: list[pa.RecordBatch] = []
     left = count
-    for i in range(reader.num_record_batches):
-        batch = reader.get_batch(i)
+    for _ in range(reader.num_record_batches):
+        message = messages.read_next_message()
+        if is_compressed(message.metadata.to_pybytes()):
+            raise damaged(path, "its columns are compressed")
+        batch = pa.ipc.read_record_batch(message, SCHEMA)
         batch.validate(full=True)
         left -= len(batch)
         if left < 0 or any(column.null_count for column in batch.columns):
@@ -246,6 +264,27 @@ def read_table(path: Path, buffer: pa.Buffer, count: int) -> tuple[pa.Table, np.
     if bounds.min() < 0 or bounds.max() > buffer.size or (bounds[:, 0] >= bounds[:, 1]).any():
         raise damaged(path, "its image offsets are out of order")
     return pa.Table.from_batches(batches, SCHEMA), bounds
+
+
+def is_compressed(message: bytes) -> bool:
+    """Whether a message of the Arrow IPC format holds a record batch with compressed buffers.
+
+    pyarrow does not tell. In the format's flatbuffers, the header is field 2 of the table Message, and compression
+    field 3 of the table RecordBatch (Message.fbs).
+    """
+
+    def field(table: int, number: int) -> int | None:
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        (length,) = struct.unpack_from("<H", message, vtable)
+        if 4 + 2 * number >= length:
+            return None
+        (offset,) = struct.unpack_from("<H", message, vtable + 4 + 2 * number)
+        return table + offset if offset else None
+
+    header = field(struct.unpack_from("<I", message)[0], 2)
+    if header is None:
+        return False
+    return field(header + struct.unpack_from("<I", message, header)[0], 3) is not None
 
 
 def image_bounds(batch: pa.RecordBatch, base: int) -> np.ndarray:

@@ -31,14 +31,15 @@ NAMED_AT_MOST = 10  # bad images that an error message names
 
 
 def prepare_sample(out: Path) -> PreparedSet:
-    """Makes the embedded sample at `out`, or opens the one that is there. Many processes may ask at once."""
+    """Makes the generated sample set at `out`, or opens the one that exists. Many processes may ask at once."""
     return prepare(sample_source(), out)[0]
 
 
 def prepare(source: Source, out: Path, val_fraction: float = 0.1) -> tuple[PreparedSet, bool]:
-    """Makes the set `out` of `source`: (the set, whether it was made now rather than there already).
+    """Makes a set of `source` at `out`: (the set, whether it was made now and did not exist already).
 
-    Raises InputError for bad images, splits that do not fit, a full disk, or anything else being at `out`.
+    Raises InputError for bad images, for splits that do not belong together, if the disk is full, or if something
+    else exists at `out`.
     """
     splits, classes = checked_splits(source, val_fraction)
     given, out = out, out.resolve()
@@ -90,13 +91,15 @@ def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[
     }
     if "train" not in splits:
         raise InputError(f"{place}: no training images in it")
+    for name in splits:
+        for entry in splits[name]:
+            if entry.label is None and name != "test":
+                raise InputError(f"{place}: {entry.name} in {name} has no label")
     if "val" not in splits:
         splits["train"], splits["val"] = without_val(splits["train"], val_fraction, place)
     classes = {entry.label for entry in splits["train"] if entry.label is not None}
     for name, entries in splits.items():
         for entry in entries:
-            if entry.label is None and name != "test":
-                raise InputError(f"{place}: {entry.name} in {name} has no label")
             if entry.label is not None and entry.label not in classes:
                 raise InputError(
                     f"{place}: {entry.name} in {name} is of class {entry.label}, which train lacks"
@@ -120,14 +123,14 @@ def without_val(train: list[Entry], fraction: float, place: str) -> tuple[list[E
 
 
 def standing_set(out: Path) -> PreparedSet | None:
-    """The set that is at `out` already, its images checked against its hash; None if there is nothing.
+    """The set that exists at `out`, its images checked against its hash; None if there is nothing.
 
-    Raises InputError if something else is there, or a damaged set.
+    Raises InputError if something else is there, or if the set is damaged.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     if not (out / "set.json").is_file():
-        raise InputError(f"{out}: is there and is no prepared set; remove it or choose another --out")
+        raise InputError(f"{out}: exists and is no prepared set; remove it or choose another --out")
     there = open_set(out)
     there.verify()
     return there

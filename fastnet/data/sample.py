@@ -1,4 +1,4 @@
-"""The embedded sample: a small set in the shape of Tiny ImageNet, drawn by the project itself.
+"""The generated sample set: a small set in the layout of Tiny ImageNet, drawn by the project itself.
 
 A class is a shape with a texture. Colours, place, size, tilt, background and noise are random, so that neither
 the mean colour nor single pixels tell the class, and mirroring does not change it. Every random number comes

@@ -46,6 +46,8 @@ class DecodedImages:
                     f"{error.filename or path}: cannot be written ({error.strerror}); make the set writable, or use "
                     "--decode cpu"
                 ) from error
+        if not path.is_file():
+            raise InputError(f"{path}: is not a file; remove it")
         with path.open("rb") as file:
             same = file.read(HEADER) == header and file.seek(0, os.SEEK_END) == self.starts[-1]
         if not same:
@@ -73,4 +75,10 @@ def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> N
 def _decoded(split: Split, threads: int) -> Iterator[np.ndarray]:
     decoder = Decoder(threads)
     for chunk in chunks(split.sizes):
-        yield from decoder([split.jpeg(i) for i in chunk])
+        images = [split.jpeg(i) for i in chunk]
+        try:
+            decoded = decoder(images)
+        except RuntimeError:
+            split.refuse_undecodable(chunk)
+            raise
+        yield from decoded

@@ -97,7 +97,11 @@ class _Stream:
         # Bound to torch's stream, which waits for DALI's work. When `x` is dropped, DALI's DLPack deleter hands its
         # buffer to a thread that synchronises the device before it frees it (include/dali/core/dltensor.h).
         stream = torch.cuda.current_stream(self._spec.device) if self._spec.device.type == "cuda" else None
-        (images,) = self._pipe.outputs(cuda_stream=stream)
+        try:
+            (images,) = self._pipe.outputs(cuda_stream=stream)
+        except RuntimeError:
+            self._split.refuse_undecodable(self._feed.under_way[0][0])
+            raise
         index, _ = self._feed.under_way.popleft()
         self._pipe.schedule_run()
         x = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W], a view

@@ -269,7 +269,7 @@ def test_a_folder_of_something_else_is_not_overwritten(archive: Path, tmp_path: 
     prepared(archive, tmp_path / "set")  # an empty one may be used
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("one")
-    with pytest.raises(InputError, match="thesis: is there and is no prepared set"):
+    with pytest.raises(InputError, match="thesis: exists and is no prepared set"):
         main([str(archive), "--out", str(tmp_path / "thesis")])
     assert listing(tmp_path / "thesis") == ["chapter"]
 
@@ -462,7 +462,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     few = write_parquet(tmp_path / "few", {"train": rows}, ["only"])
     assert "label 1, but its metadata names 1 classes" in refused(out, few)
     bad = write_parquet(tmp_path / "bad", {"train": rows, "val": [("v.JPEG", GOOD[:99], 0)]}, None)
-    assert "v.JPEG is a bad image" in refused(out, bad)
+    assert "v.JPEG is a truncated image" in refused(out, bad)
 
 
 def test_file_system_refuses_to_write(archive: Path, tmp_path: Path) -> None:

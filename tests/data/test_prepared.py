@@ -234,5 +234,5 @@ def test_first_use_by_eight_ranks_makes_one_sample(tmp_path: Path) -> None:
     results = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 8, results
     assert len({hash for hash, _ in results}) == 1
-    assert sum("the embedded sample" in errors for _, errors in results) == 1
+    assert sum("the generated sample set" in errors for _, errors in results) == 1
     assert [file.name for file in (tmp_path / "data").iterdir()] == ["sample"]
