@@ -200,11 +200,11 @@ def last_step(run: Path) -> int:
 
 def saved_step(run: Path) -> int:
     path = run / "last.pt"
-    return load(path)["position"]["step"] if path.exists() else 0
+    return load(path).position.step if path.exists() else 0
 
 
 def is_done(run: Path) -> bool:
-    return saved_step(run) == STEPS and load(run / "last.pt")["position"]["done"]
+    return saved_step(run) == STEPS and load(run / "last.pt").position.done
 
 
 def disk_full(data: Path, run: Path, whole: Path) -> dict[str, Any]:
