@@ -33,9 +33,12 @@ def _settle_buckets(model: nn.Module, network: Network, runtime: Runtime) -> Non
     network.eval()
     size = network.image_size
     x = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
+    # Timing cuDNN's algorithms for this one image would serve no later step.
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     with runtime.autocast():
         logits = model(x)
     logits.sum().backward()
+    torch.backends.cudnn.benchmark = benchmark
     network.zero_grad(set_to_none=True)
     network.train()
 
