@@ -50,7 +50,7 @@ class Checkpoint:
 KEYS = {"format", *(field.name for field in fields(Checkpoint))}
 
 # Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
-# precision, decoder, LSTM backend and threads change the last bits of the arithmetic, not what is computed.
+# decoder, LSTM backend and threads change the last bits of the arithmetic, not what is computed.
 MAY_CHANGE = {
     "max_steps",
     "checkpoint_every",
