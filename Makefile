@@ -16,11 +16,11 @@ demo: setup
 
 # Two workers, as two cores have: tests that start ranks of their own stay together in one of them.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The part to run while working: under 90 s on two cores.
 check: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .
