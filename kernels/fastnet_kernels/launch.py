@@ -16,7 +16,7 @@ from . import fused_backward, fused_forward, gemm, packing
 from .naive import Stage, Weights
 from .plan import BATCH_TILE, Plan, padded_batch, plans_for, sizes
 
-PACK_INPUTS = 64  # inputs in a tile of packing and unpacking
+PACK_INPUTS = 32  # inputs in a tile of packing and unpacking
 _PARTS = 16  # at most so many partial sums of a weight gradient, each over at least so many rows:
 _PART_ROWS = 1024
 
