@@ -27,7 +27,6 @@ from fastnet.inference.scores import labelled_split
 from fastnet.input.graph import InputSpec
 from fastnet.input.streams import EvalStream
 from fastnet.network.stored import load_extra
-from fastnet.training.events import EpochEvent, read_events
 
 CARD = "README.md"
 CHECKED = 16  # images of the validation split
@@ -82,12 +81,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if data.hash != run.data_hash:
         raise InputError(f"--data {data.path}: not the set that {args.run} was trained on; give that set")
 
-    measured = [
-        event
-        for event in read_events(args.run / "metrics.jsonl")
-        if isinstance(event, EpochEvent) and event.step == run.step
-    ]
-    scores = scores_at(measured[-1] if measured else None)
+    scores = scores_at(args.run, run.step)
     position = {"checkpoint": args.checkpoint, "step": run.step, "scores": scores}
     facts = facts_of(run.config, data, run.classes, run.words, position)
     network = plain_network(run.config, len(run.classes))

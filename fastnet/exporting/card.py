@@ -17,11 +17,12 @@ import torch
 import fastnet
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
+from fastnet.errors import printable
 from fastnet.exporting.check import Difference
 from fastnet.exporting.formats import FACTS, FORMATS
 from fastnet.exporting.plain import ChannelGroupResNet, lstm_sizes
 from fastnet.input.draws import MEAN, STD
-from fastnet.training.events import EpochEvent
+from fastnet.training.events import EpochEvent, read_events
 
 TITLES = {"torch": "a torch.export program", "onnx": "ONNX", "safetensors": "safetensors weights"}
 # Rounds as evaluation does, which resizes the shorter side and cuts out the centre.
@@ -75,11 +76,17 @@ def facts_of(
     }
 
 
-def scores_at(epoch: EpochEvent | None) -> dict[str, Any]:
-    """The validation scores of an epoch's record; empty without one."""
-    if epoch is None:
-        return {}
-    return {"top1": epoch.val_top1, "top5": epoch.val_top5, "loss": epoch.val_loss, "count": epoch.val_count}
+def scores_at(run_dir: Path, step: int) -> dict[str, Any]:
+    """The scores of the validation after `step` steps, from metrics.jsonl; empty if there was none."""
+    for event in read_events(run_dir / "metrics.jsonl"):
+        if isinstance(event, EpochEvent) and event.step == step:
+            return {
+                "top1": event.val_top1,
+                "top5": event.val_top5,
+                "loss": event.val_loss,
+                "count": event.val_count,
+            }
+    return {}
 
 
 def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked: Difference) -> str:
@@ -87,6 +94,7 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
     # ImageNet's classes have the names of WordNet's synsets, and so have those that the sample set makes up.
     synsets = all(re.fullmatch(r"n\d{8}", label) for label in facts["classes"])
     imagenet = facts["config"]["weights"] == "imagenet" or (synsets and data.source["kind"] != "sample")
+    title, trained_on = printable(name), printable(facts["data"]["name"])
     size, classes = facts["input"]["image_size"], len(facts["classes"])
     resnet = f"ResNet-{facts['depth']}"
     if facts["lstms"]:
@@ -100,7 +108,7 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
         *([("validation top-5", f"{scores['top5']:.4f}")] if scores else []),
         *([("validation images", f"{scores['count']:,}")] if scores else []),
         ("checkpoint", f"{facts['checkpoint']}, step {facts['step']:,}"),
-        ("data", f"{facts['data']['name']}, sha256 `{facts['data']['hash']}`"),
+        ("data", f"{trained_on}, sha256 `{facts['data']['hash']}`"),
         ("training started from", started_from(facts["config"]["weights"])),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in results)
@@ -109,10 +117,10 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
 {front_matter(name, facts, imagenet)}
 ---
 
-# {name}
+# {title}
 
 {what}. It tells {classes} classes apart in images of {size} px, was trained with fastnet \
-{facts["versions"]["fastnet"]} on {facts["data"]["name"]}, and is stored here as {TITLES[form]}.
+{facts["versions"]["fastnet"]} on {trained_on}, and is stored here as {TITLES[form]}.
 
 | | |
 |---|---|
