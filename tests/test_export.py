@@ -29,6 +29,9 @@ from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
 from tests.support.official import jpeg
 
+# On one worker: torch.export and the ONNX exporter take seconds when they are first used.
+pytestmark = pytest.mark.xdist_group("export")
+
 
 @pytest.fixture(scope="module")
 def small_lstm(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
