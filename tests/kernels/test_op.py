@@ -66,8 +66,9 @@ def test_frozen_features_and_inference() -> None:
     assert all(t.numel() == 0 for t in saved)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", [False, True])
 def test_opcheck(recompute: bool) -> None:
     module, _ = pair()
     x = inputs(2)
@@ -84,7 +85,7 @@ def test_opcheck(recompute: bool) -> None:
 
 
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
 def test_compile_fullgraph(backend: op.Backend) -> None:
     """A small network in one graph for any batch size, forward and backward."""
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()).to(memory_format=torch.channels_last)

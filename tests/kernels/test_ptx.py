@@ -9,6 +9,7 @@ from fastnet_kernels import ChannelGroupLSTM, launch
 from ptxrun import Stats
 from tests.support.kernels import executed, failures, feature_maps
 
+pytestmark = pytest.mark.slow
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -32,9 +33,7 @@ def assert_clean(runs: dict[str, list[Stats]]) -> None:
             assert not stats.uninit, f"{name}: {stats.uninit}"
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(BF16, id="bf16"), pytest.param(FP16, id="fp16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     """One launch of each kernel; the recurrent work and W_hh traffic exactly as computed from the tiles."""
     steps = 3
@@ -57,7 +56,6 @@ def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     assert backward.cp_async_bytes == streamed + 2 * steps * (16 * 256 * 2 + 2 * 16 * 64 * 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "batch", "dtype", "recompute"),
     [
@@ -76,7 +74,6 @@ def test_random_schedules(
     assert_clean(runs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stages", "dtype"),
     [
