@@ -177,9 +177,10 @@ def test_compressed_columns(fresh: Path, codec: str) -> None:
 
 
 def test_one_batch_listed_many_times(fresh: Path) -> None:
+    batch = batch_of(columns(fresh))
     with pa.OSFile(str(fresh / "train.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for _ in range(3):
-            writer.write_batch(batch_of(columns(fresh)))
+            writer.write_batch(batch)
     change_split(fresh, bytes=(fresh / "train.arrow").stat().st_size)
     refused(fresh, "it holds more than 4 images")
     change_split(fresh, count=10**9)

@@ -1,0 +1,16 @@
+"""The fuzzer on a few inputs of each reader, the same ones every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from tests.support.paths import REPOSITORY
+
+
+def test_a_few_mutated_inputs_of_each_reader() -> None:
+    line = [sys.executable, "-m", "tests.trials.fuzz", "--quick"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = done.stdout.splitlines()
+    assert len(rows) == 8 and any("'used': 0" not in row for row in rows)
