@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastnet.data.decoding import CHUNK_PIXELS, Decoder
 
@@ -148,6 +148,8 @@ def _examine_by_pil(image: bytes) -> tuple[int, int]:
             png = picture.format == "PNG"
     except BadImage:
         raise
+    except UnidentifiedImageError:
+        raise BadImage("is a bad image (its header is damaged); get it again or remove it") from None
     except Exception as error:  # PIL's decoders raise all kinds of errors on bad data
         raise BadImage(f"is a bad image ({error}); get it again or remove it") from None
     # PIL takes a file whose end is missing or zeroed, which DALI may not.
