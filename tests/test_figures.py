@@ -122,7 +122,10 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ('{"event": "step", "step": 7, "train_lo', "not a record of training"),
-        ('{"event": "epoch", "step": 7, "train_loss": 1.0, "train_top1": 0.5}', r"not a record of training .Object missing required field `phase`"),
+        (
+            '{"event": "epoch", "step": 7, "train_loss": 1.0, "train_top1": 0.5}',
+            "not a record of training .Object missing",
+        ),
         ('{"event": "step", "step": 7, "train_loss": NaN, "train_top1": 0.5}', "not a record of training"),
         ('{"event": "step", "step": 7, "train_loss": "low", "train_top1": 0.5}', "not a record of training"),
         ("[1, 2]", "not a record of training"),
