@@ -13,4 +13,4 @@ def test_a_few_mutated_inputs_of_each_reader() -> None:
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = done.stdout.splitlines()
-    assert len(rows) == 8 and any("'used': 0" not in row for row in rows)
+    assert len(rows) == 13 and any("'used': 0" not in row for row in rows)

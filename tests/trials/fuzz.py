@@ -28,14 +28,23 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness import write_result
+from fastnet.cli import SettingsParser
 from fastnet.config import Augment
 from fastnet.data.prepared import open_set
 from fastnet.data.preparing import prepare
 from fastnet.data.sources import find_source
+from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.inference.runs import load_run
 from fastnet.input.graph import InputSpec
 from fastnet.input.streams import TrainStream
-from tests.support import hostile
+from fastnet.network.network import Network
+from fastnet.network.weights import load_backbone
+from fastnet.reporting.curves import read_curves
+from fastnet.runs import summarise
+from fastnet.settings import settings_of
+from fastnet.training.manifest import read_manifest
+from tests.support import hostile, hostile_runs
 
 SECONDS = 10  # of processor time, which does not depend on what else the machine does
 PATIENCE = 300.0  # seconds without an answer after which a process waits for something that will not come
@@ -73,7 +82,26 @@ def read_raw(path: Path) -> None:
     read_set(path, "raw")
 
 
-# To fuzz another reader, add it here: checkpoints, metrics and weights have the same form.
+def read_run(path: Path) -> None:
+    """Loads the network of a run."""
+    load_run(path, Runtime(torch.device("cpu")))
+
+
+def read_weights(path: Path) -> None:
+    load_backbone(Network(hostile_runs.config(), 3), 18, str(path))
+
+
+def read_records(path: Path) -> None:
+    """Reads what figures, runs and a continued run read."""
+    summarise(path)
+    read_curves(path, "run")
+    json.dumps(read_manifest(path).sessions)
+
+
+def read_settings(path: Path) -> None:
+    settings_of(SettingsParser(prog="train.py", description="").parse(["--config", str(path)]), "zip")
+
+
 READERS: dict[str, Reader] = {
     "jpeg": Reader(hostile.jpeg_folder, read_source),
     "png": Reader(hostile.png_folder, read_source),
@@ -83,6 +111,11 @@ READERS: dict[str, Reader] = {
     "arrow": Reader(hostile.prepared_arrow, read_set),
     "set.json": Reader(hostile.prepared_json, read_set),
     "raw": Reader(hostile.prepared_raw, read_raw),
+    "checkpoint": Reader(hostile_runs.checkpoint, read_run),
+    "weights": Reader(hostile_runs.weights, read_weights),
+    "safetensors": Reader(hostile_runs.safetensors, read_weights),
+    "records": Reader(hostile_runs.records, read_records),
+    "settings": Reader(hostile_runs.settings, read_settings),
 }
 
 
