@@ -199,6 +199,7 @@ def main() -> None:
         "--quick", action="store_true", help="five inputs of each reader; nothing is recorded"
     )
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a forked child has none of its parent's threads, and would wait for them
     count = 5 if args.quick else args.count
     rows = {}
     failed = 0
