@@ -12,6 +12,7 @@ Shapes: B images of a micro-batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
-from fastnet.input.graph import InputSpec, graph, resolve_decode
+from fastnet.input.graph import PREFETCH, InputSpec, graph, resolve_decode
 
 
 class Batch(NamedTuple):
@@ -65,12 +66,28 @@ class _Feed:
         return [[TensorCPU(self.image(i), self.layout) for i in index], *inputs.values()]
 
 
+def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
+    """Raises InputError if batches of the largest images, decoded, would take more than half of this machine's memory.
+
+    sizes: [N, 2] int32, heights and widths.
+    """
+    pixels = np.sort(sizes.astype(np.int64).prod(axis=1))[-batch_size:].sum()
+    needed = int(pixels) * 3 * (PREFETCH + 1)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there / 2:
+        raise InputError(
+            f"--batch-size {batch_size}: batches of the largest images take {needed / 2**30:.1f} GiB decoded, of "
+            f"{there / 2**30:.1f} GiB here; use a smaller batch, or prepare smaller images"
+        )
+
+
 class _Stream:
     def __init__(
         self, split: Split, spec: InputSpec, names: tuple[str, ...], policy: str, largest: int
     ) -> None:
         check_image_size(spec.image_size)
         resolve_decode(spec.decode, spec.device)
+        check_memory(split.sizes, largest)
         self._split, self._spec = split, spec
         if spec.decode == "raw":
             self._feed = _Feed(DecodedImages(split, spec.threads), "HWC")

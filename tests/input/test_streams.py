@@ -15,7 +15,7 @@ from fastnet.errors import InputError
 from fastnet.input import streams
 from fastnet.input.draws import epoch_order
 from fastnet.input.graph import resolve_decode
-from fastnet.input.streams import EvalStream, step_share
+from fastnet.input.streams import EvalStream, check_memory, step_share
 from tests.support.paths import REPOSITORY
 from tests.support.streams import CPU, POLICIES, TRAIN, VAL, by_sample, spec, stream, take
 
@@ -203,3 +203,13 @@ def test_bad_input_is_named(train: Split, val: Split) -> None:
         stream(train, how=spec(decode="gpu"))
     with pytest.raises(InputError, match="--decode gpu"):
         resolve_decode("gpu", CPU)
+
+
+def test_batches_that_no_memory_holds_are_refused() -> None:
+    photos = np.full((66, 2), [3000, 4000], np.int32)
+    check_memory(photos, 32)
+    with pytest.raises(
+        InputError, match=r"--batch-size 66: batches of the largest images take .* GiB decoded"
+    ):
+        check_memory(photos * 16, 66)
+    check_memory(np.full((100_000, 2), 64, np.int32), 100_000)
