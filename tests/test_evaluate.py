@@ -28,6 +28,7 @@ def test_evaluate_repeats_what_training_measured(tiny_set: Path, runs: list[Path
         assert result["loss"] == pytest.approx(recorded["val_loss"], abs=8 * 2**5 * 2**-24)
 
 
+@pytest.mark.slow
 def test_evaluate_as_a_command_prints_json_last(tiny_set: Path, runs: list[Path]) -> None:
     command = [sys.executable, "-m", "fastnet.evaluate", str(runs[0]), "--data", str(tiny_set), "--json"]
     done = subprocess.run([*command, "--split", "train"], capture_output=True, text=True, check=True)

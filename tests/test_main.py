@@ -32,6 +32,7 @@ def test_commands_describe_themselves(command: str, capsys: pytest.CaptureFixtur
     assert ended.value.code == 0 and "--json" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_installed_command_reports_errors_in_one_line(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("fastnet")
     if not script.exists():
@@ -42,6 +43,7 @@ def test_the_installed_command_reports_errors_in_one_line(tmp_path: Path) -> Non
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [["-m", "fastnet.train"], [str(SCRIPT)]], ids=["-m", "script"])
 def test_ctrl_c_while_importing_is_one_line(start: list[str], tmp_path: Path) -> None:
     """As if the signal came in the middle of the long imports: one of them raises what the signal would."""

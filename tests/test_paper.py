@@ -77,6 +77,7 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     assert "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase" in done.stderr
 
 
+@pytest.mark.slow
 def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
     done = subprocess.run(command(tiny_set, tmp_path / "paper", "--nonsense"), capture_output=True, text=True)
     assert done.returncode == 2

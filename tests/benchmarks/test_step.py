@@ -19,6 +19,7 @@ from fastnet.input.streams import Batch
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["baseline", "lstm"])
 def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) -> None:
     """Rows of every candidate, shares that make a whole, and no LSTM in the baseline."""

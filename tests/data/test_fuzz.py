@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import REPOSITORY
 
 
+@pytest.mark.slow
 def test_a_few_mutated_inputs_of_each_reader() -> None:
     line = [sys.executable, "-m", "tests.trials.fuzz", "--quick"]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)

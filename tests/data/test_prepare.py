@@ -284,6 +284,7 @@ def test_a_set_whose_images_changed_is_refused(archive: Path, tmp_path: Path) ->
         main([str(archive), "--out", str(tmp_path / "set")])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_leaves_nothing_that_opens(tmp_path: Path) -> None:
     """Killed when it has written some of a split, and a rerun makes the set that it should."""
     source = write_zip(
@@ -310,6 +311,7 @@ def test_killed_at_any_moment_leaves_nothing_that_opens(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_many_at_once_make_one_set(tmp_path: Path) -> None:
     """Eight processes ask for one set at the same time; each ends up with the same whole one."""
     source = write_zip(tmp_path / "source.zip", FILES.items())

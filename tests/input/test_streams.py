@@ -165,6 +165,7 @@ def test_encoded_images_are_not_copied(train: Split) -> None:
     assert [image.data_ptr() for image in images] == [train.jpeg(i).ctypes.data for i in range(3)]
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_streams_open(prepared: PreparedSet) -> None:
     script = f"""
 import torch

@@ -84,6 +84,7 @@ def test_opcheck(recompute: bool) -> None:
         torch.library.opcheck(op._backward, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
 @pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
 def test_compile_fullgraph(backend: op.Backend) -> None:

@@ -19,7 +19,7 @@ GROUPS = {
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
-QUICK = ("budgets", "device")
+QUICK = ("device",)
 
 
 @needs_compiler
