@@ -19,14 +19,12 @@ GROUPS = {
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
-QUICK = ("device",)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in GROUPS]
-)
+@pytest.mark.parametrize("group", GROUPS)
 def test_group(group: str) -> None:
     (file, *chosen), options = GROUPS[group]
     inside = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
