@@ -17,7 +17,7 @@ from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
 from fastnet.inference.flags import add_inference_flags, open_data
-from fastnet.inference.runs import check_classes, load_runs
+from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
     all_logits,
     as_json,
@@ -60,8 +60,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     data = open_data(args.data, args.runs[0])
     split = labelled_split(data, args.split)
     runs = load_runs(args.runs, args.checkpoint, runtime)
-    for name, run in runs.items():
-        check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
+    check_set(data, runs)
     logits = all_logits(runs, split, args.batch_size, runtime)  # [R, N, K]
     average = average_scores(logits)  # [N, K]
 

@@ -20,7 +20,7 @@ from fastnet.errors import InputError, printable
 from fastnet.files import atomic_write
 from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.images import find_images, images_as_split
-from fastnet.inference.runs import TrainedRun, check_classes, load_runs
+from fastnet.inference.runs import TrainedRun, check_set, load_runs
 from fastnet.inference.scores import all_logits, average_scores
 
 
@@ -116,13 +116,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     runtime = single_process(args.device)
     runs = load_runs(args.runs, args.checkpoint, runtime)
-    first_name, first = next(iter(runs.items()))
+    first = next(iter(runs.values()))
     if args.images:
         one_folder = args.images[0] if len(args.images) == 1 and args.images[0].is_dir() else None
         split = images_as_split(find_images(args.images), one_folder)
     else:
         data = open_data(args.data, args.runs[0])
-        check_classes(f"set {data.path}", data.classes, f"run {first_name}", first.classes)
+        check_set(data, runs)
         if "test" not in data.splits:
             raise InputError(f"{data.path}: has no test split; use another --data, or --images")
         split = data.splits["test"]

@@ -43,6 +43,11 @@ def git_revision() -> str | None:
     return done.stdout.strip() or os.environ.get("FASTNET_REVISION") or None
 
 
+def machine_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def cpu_name() -> str:
     """The processor's model as Linux gives it."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -10,7 +10,7 @@ from fastnet.cli import Parser, run_command
 from fastnet.distributed.ranks import single_process
 from fastnet.files import atomic_write
 from fastnet.inference.flags import add_inference_flags, open_data
-from fastnet.inference.runs import check_classes, load_runs
+from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
     all_logits,
     as_json,
@@ -41,8 +41,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     data = open_data(args.data, args.runs[0])
     split = labelled_split(data, "val")
     runs = load_runs(args.runs, args.checkpoint, runtime)
-    for name, run in runs.items():
-        check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
+    check_set(data, runs)
     records = [
         (read_curves(path, name), read_manifest(path)) for name, path in zip(runs, args.runs, strict=True)
     ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.files import short_names
@@ -53,6 +54,12 @@ def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[st
     for name, run in runs.items():
         check_classes(f"run {name}", run.classes, f"run {names[0]}", runs[names[0]].classes)
     return runs
+
+
+def check_set(data: PreparedSet, runs: dict[str, TrainedRun]) -> None:
+    """Raises InputError unless the set has the classes of the runs, which `load_runs` has compared with each other."""
+    name, run = next(iter(runs.items()))
+    check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
 
 
 def check_classes(one: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:

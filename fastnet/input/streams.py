@@ -12,7 +12,6 @@ Shapes: B images of a micro-batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -29,6 +28,7 @@ from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
 from fastnet.input.graph import PREFETCH, InputSpec, graph, resolve_decode
+from fastnet.provenance import machine_memory
 
 
 class Batch(NamedTuple):
@@ -73,7 +73,7 @@ def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
     """
     pixels = np.sort(sizes.astype(np.int64).prod(axis=1))[-batch_size:].sum()
     needed = int(pixels) * 3 * (PREFETCH + 1)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = machine_memory()
     if needed > there / 2:
         raise InputError(
             f"--batch-size {batch_size}: batches of the largest images take {needed / 2**30:.1f} GiB decoded, of "

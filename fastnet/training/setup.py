@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from fastnet.errors import InputError
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import lstm_backend
+from fastnet.provenance import machine_memory
 from fastnet.training.state import TrainState
 
 
@@ -57,7 +57,7 @@ def _memory(device: torch.device) -> int:
     """Bytes of the GPU, or of this machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine_memory()
 
 
 def open_streams(
