@@ -17,7 +17,7 @@ from typing import Any, NoReturn, get_type_hints
 
 import fastnet
 from fastnet.config import PRESETS, Augment, Config, flag_name
-from fastnet.errors import InputError, LostError, is_disk_full, printable, refused
+from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full, printable, refused
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -168,6 +168,8 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
             print(json.dumps(result), flush=True)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except MemoryFullError as error:
+        fail(str(error), debug="--debug" in argv, say=not error.told)
     except InputError as error:
         fail(str(error), debug="--debug" in argv)
     except LostError as error:
@@ -181,11 +183,14 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     sys.exit(0)
 
 
-def fail(message: str, *, debug: bool) -> NoReturn:
-    """Prints one line on stderr (after the traceback with `debug`) and exits with code 2."""
+def fail(message: str, *, debug: bool, say: bool | None = None) -> NoReturn:
+    """Prints one line on stderr (after the traceback with `debug`) and exits with code 2.
+
+    `say`: whether this rank prints the line; by default rank 0 does.
+    """
     if debug:
         traceback.print_exc()
-    if is_main_rank():
+    if is_main_rank() if say is None else say:
         print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(2)
 

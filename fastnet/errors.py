@@ -11,6 +11,13 @@ class InputError(Exception):
     """Bad input. The message is one line that names what is wrong and what to do."""
 
 
+class MemoryFullError(InputError):
+    """The memory of a rank's device does not hold what it was to do; where several ranks fail so, the first one to
+    notice says it for all (`told` is True for the others)."""
+
+    told = False
+
+
 class LostError(Exception):
     """Other ranks are gone, or another host was told to stop. One line; every rank prints its own."""
 

@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import SettingsParser, directory, run_command
+from fastnet.config import Config
 from fastnet.data.default import default_set
 from fastnet.distributed.device import choose_precision
 from fastnet.distributed.lock import run_lock
-from fastnet.distributed.ranks import joined
+from fastnet.distributed.memory import memory_for
+from fastnet.distributed.ranks import Runtime, joined
 from fastnet.settings import as_toml, settings_of
 from fastnet.training.trainer import Trainer
+
+REMEDY = (
+    "use a larger --accumulate, a smaller --batch-size or --image-size, or more GPUs, in another --run-dir; "
+    "the last checkpoint is as it was"
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -58,7 +65,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             config = settings_of(given, data.source["kind"])
             runtime.amp = choose_precision(config.precision, runtime.device)
         run_dir = given["run_dir"] or Path("runs") / config.network
-        with run_lock(run_dir, runtime) as lock:
+        with (
+            run_lock(run_dir, runtime) as lock,
+            memory_for(_at_once(config, runtime), runtime.device, REMEDY),
+        ):
             result = Trainer(config, data, run_dir, runtime, lock).fit()
     if "top1" in result and runtime.is_main:
         print(
@@ -66,6 +76,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"loss {result['loss']:.4f} on {result['count']} images"
         )
     return result
+
+
+def _at_once(config: Config, runtime: Runtime) -> str:
+    images = -(-config.batch_size // (runtime.world_size * config.accumulate))
+    return f"rank {runtime.rank}: {images} images at {config.image_size} px at once"
 
 
 def _renamed(value: str) -> NoReturn:

@@ -14,16 +14,19 @@ import torch
 import torch.distributed as dist
 
 from fastnet.distributed.device import choose_device, choose_precision
-from fastnet.errors import InputError, LostError, is_disk_full, refused
+from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full, refused
 
 T = TypeVar("T")
+
+MEMORY_FULL = "memory full"  # key in the store: how many ranks have said so
 
 
 @dataclass
 class Runtime:
     """One rank: its place among the others, its device, and the precision it computes in.
 
-    `amp` is the autocast dtype, None for float32. `control` is a gloo group for what the hosts agree on.
+    `amp` is the autocast dtype, None for float32. `control` is a gloo group for what the hosts agree on, `store` where
+    a rank leaves word for ranks that wait for it in vain.
     """
 
     device: torch.device
@@ -31,6 +34,7 @@ class Runtime:
     world_size: int = 1
     amp: torch.dtype | None = None
     control: Any = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -105,6 +109,7 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
     """The ranks that torchrun's environment describes, or one process alone.
 
     An InputError is raised on every rank and leaves the process group in order; after a crash the launcher cleans up.
+    A MemoryFullError on one rank is raised on those that wait for it too, as far as they can notice.
     Raises LostError where another rank is gone, or has not answered for `timeout` seconds.
     """
     runtime = _join(timeout, device)
@@ -113,10 +118,18 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
             leave.callback(dist.destroy_process_group)
         try:
             yield runtime
+        except MemoryFullError as error:
+            leave.pop_all()
+            error.told = runtime.store is not None and runtime.store.add(MEMORY_FULL, 1) > 1
+            raise
         except InputError:
             raise
         except BaseException as error:
             leave.pop_all()
+            if _is_of_the_group(error) and _heard_of_full_memory(runtime):
+                told = MemoryFullError(f"rank {runtime.rank}: another rank's memory is full")
+                told.told = True
+                raise told from error
             if runtime.world_size > 1 and _is_of_the_group(error):
                 raise _lost(runtime, timeout, error) from error
             raise
@@ -137,9 +150,12 @@ def _join(timeout: float, device: str) -> Runtime:
         patience = timedelta(seconds=timeout)
         try:
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+            runtime.store = dist.PrefixStore(_attempt(), store)
+            if rank == 0:  # before the ranks meet; an earlier start may have left word
+                runtime.store.delete_key(MEMORY_FULL)
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo",
-                store=dist.PrefixStore(_attempt(), store),
+                store=runtime.store,
                 rank=rank,
                 world_size=world_size,
                 device_id=runtime.device if on_gpu else None,
@@ -176,6 +192,13 @@ def _lost(runtime: Runtime, timeout: float, error: BaseException) -> LostError:
         f"rank {runtime.rank}: another rank is gone or did not answer within --timeout {timeout:g} s; "
         f"start again to continue from the last checkpoint ({reason:.200})"
     )
+
+
+def _heard_of_full_memory(runtime: Runtime) -> bool:
+    try:
+        return runtime.store is not None and runtime.store.check([MEMORY_FULL])
+    except dist.DistError:  # the store is gone with the rank that kept it
+        return False
 
 
 def _is_of_the_group(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.files import short_names
@@ -40,7 +41,8 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     config = replace(saved.config, backend="auto")
     network = Network(config, len(saved.classes))
     load_model(network, path, saved.model)
-    network.to(runtime.device).eval()
+    with memory_for(f"{run_dir}: its network", runtime.device, "free some of it, or use --device cpu"):
+        network.to(runtime.device).eval()
     return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.device import threads_per_rank
+from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.inference.runs import TrainedRun
@@ -32,7 +33,9 @@ def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, 
     batch_size = min(batch_size, max(1, MAX_PIXELS // largest))
     spec = InputSpec.of(run.config, runtime.device, runtime.image_dtype, decode, threads_per_rank())
     logits = torch.empty(len(split), len(run.classes))
+    at_once = f"{title or 'network'}: {batch_size} images at {run.config.image_size} px at once"
     with (
+        memory_for(at_once, runtime.device, "use a smaller --batch-size, or --device cpu"),
         closing(EvalStream(split, spec, batch_size=batch_size)) as stream,
         Progress(title, len(split), "images") as progress,
     ):

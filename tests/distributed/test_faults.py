@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from fastnet.errors import InputError
 from fastnet.training import checkpoint
 from fastnet.training.checkpoint import Schedule, Writer, load
 from tests.support.paths import SCRIPT
+from tests.support.ranks import start_ranks
 from tests.support.runs import children, events, wait_for_step
 from tests.support.tiny import STEPS, TINY, run_ranks
 
@@ -29,28 +29,8 @@ JOB = "TORCHELASTIC_RUN_ID"
 
 
 def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[subprocess.Popen[str]]:
-    """Two ranks without a launcher, so that a test sees each one's own end; as though on so many hosts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GROUP_WORLD_SIZE": str(hosts),
-        "OMP_NUM_THREADS": "1",
-    }
     command = [sys.executable, str(SCRIPT), *TINY, "--data", str(data), "--run-dir", str(run), *flags]
-    return [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    return start_ranks([command, command], hosts=hosts)
 
 
 @pytest.mark.slow

@@ -17,16 +17,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+PATH = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+
+
 def run_python(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Runs `python COMMAND` in the repository, with one thread, and fails with its output unless it exits with 0."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
     done = subprocess.run(
         [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=580,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done

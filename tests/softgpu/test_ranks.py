@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fastnet.training.checkpoint import load
-from tests.softgpu.process import needs_compiler, run_python
+from tests.softgpu.process import PATH, needs_compiler, run_python
+from tests.support.ranks import start_ranks
 from tests.support.runs import events
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", "--"]
@@ -38,3 +39,34 @@ def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
     weights = [name for name, t in a.items() if t.is_floating_point() and "running" not in name]
     apart = math.hypot(*((a[name] - b[name]).norm().item() for name in weights))
     assert apart <= 4 * eps * math.hypot(*(b[name].norm().item() for name in weights))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.xdist_group("ranks")
+@needs_compiler
+def test_full_memory_of_one_rank_ends_both(tiny_set: Path, tmp_path: Path) -> None:
+    """The other one waits for its gradients. One line for both, and exit code 2 from each."""
+    # ResNet-18's weights, momentum and gradients are 45 MB each, and activations come on top.
+    train = ["-m", "fastnet.train", *FLAGS, "--data", str(tiny_set), "--run-dir", str(tmp_path)]
+    commands = [
+        [
+            sys.executable,
+            "-m",
+            "softgpu",
+            "--devices",
+            "2",
+            "--memory-mb",
+            memory,
+            *train,
+            "--head-epochs",
+            "0",
+        ]
+        for memory in ("2000", "160")
+    ]
+    ranks = start_ranks(commands, PYTHONPATH=PATH)
+    said = [line for rank in ranks for line in rank.communicate(timeout=240)[1].splitlines()]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    (line,) = [line for line in said if line.startswith("error: ")]
+    assert line.startswith("error: rank 1: 4 images at 32 px at once: out of memory on cuda:1 (")
+    assert not any("Traceback" in line for line in said)

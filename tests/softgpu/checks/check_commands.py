@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +134,44 @@ def test_a_save_waits_once_and_not_in_the_training(tiny_set: Path, tmp_path: Pat
         trainer.train_step()
     assert seen.counts["d2h"] > 100 and not seen.counts["pageable"]
     assert len(seen.waits) == 1 and "ready.synchronize()" in seen.waits[0], seen.waits
+
+
+@pytest.fixture
+def full_memory() -> Iterator[None]:
+    """PyTorch gets no more memory of the GPU than it holds now."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(torch.cuda.memory_reserved(), 1 << 20) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_full_memory_is_one_line_and_keeps_the_checkpoint(
+    baseline: Path,
+    tiny_set: Path,
+    tmp_path: Path,
+    full_memory: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = shutil.copytree(baseline, tmp_path / "run")
+    position = replace(load(run / "last.pt").position, done=False, phase=1, step=5)
+    content = torch.load(run / "last.pt")
+    torch.save({**content, "position": asdict(position)}, run / "last.pt")
+    before = (run / "last.pt").read_bytes()
+    train_flags = ["sample", *FLAGS, "--network", "baseline", "--precision", "fp16", "--run-dir", str(run)]
+    tried = {
+        "rank 0: 8 images at 32 px at once: ": (train.cli, train_flags),
+        f"{run}: its network: ": (evaluate.cli, [str(run)]),
+    }
+    for start, (command, flags) in tried.items():
+        monkeypatch.setattr(sys, "argv", ["fastnet", *flags, "--data", str(tiny_set)])
+        with pytest.raises(SystemExit) as ended:
+            command()
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert ended.value.code == 2
+        assert line.startswith(f"error: {start}out of memory on cuda:0 (softgpu (no GPU), 80.0 GiB, "), line
+    assert (run / "last.pt").read_bytes() == before
 
 
 def test_one_gpu_more_than_there_is(monkeypatch: pytest.MonkeyPatch, tiny_set: Path, tmp_path: Path) -> None:

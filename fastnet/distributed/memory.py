@@ -1,0 +1,48 @@
+"""Memory that ran out, of a GPU or of this machine, as one line: for what, how much there is, and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from fastnet.errors import MemoryFullError
+from fastnet.provenance import machine_memory
+
+# What PyTorch, the CUDA runtime, cuBLAS, cuDNN and DALI say then; only PyTorch has an exception of its own for it.
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "CUDA allocation failed",
+    "std::bad_alloc",
+)
+
+
+@contextlib.contextmanager
+def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
+    """Raises MemoryFullError where memory runs out inside the block: `what` did not fit, `remedy` is what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
+        raise MemoryFullError(f"{what}: out of memory on {_described(device)}; {remedy}") from error
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in SIGNS)
+
+
+def _described(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"this machine ({machine_memory() / 2**30:.1f} GiB)"
+    properties = torch.cuda.get_device_properties(device)
+    own = torch.cuda.memory_stats(device).get("reserved_bytes.all.peak", 0)
+    return (
+        f"{device} ({properties.name}, {properties.total_memory / 2**30:.1f} GiB, of which PyTorch held "
+        f"{own / 2**30:.1f} GiB here)"
+    )
