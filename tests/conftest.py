@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,12 @@ import torch
 from fastnet import train
 from fastnet.prepare import main as prepare_main
 from tests.support.official import jpeg, official_files, write_folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs of this machine, except from `pytest -m gpu`: the other tests are about the CPU, or softgpu."""
+    if config.option.markexpr != "gpu" and "softgpu" not in sys.modules:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ def load(devices: int = 1, capability: int = 80, memory_mb: int = 81920) -> ctyp
     if "torch" in sys.modules:
         raise RuntimeError("softgpu.install() must come before torch is imported")
     path = build()
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # it speaks of this machine's own GPUs
     os.environ["TRITON_LIBCUDA_PATH"] = str(path.parent)
     _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     _library.softgpu_configure(devices, capability, ctypes.c_size_t(memory_mb << 20))
