@@ -128,6 +128,11 @@ class Config:
     )
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
     device: str = _flag("auto", "training", "where to train", choices=("auto", "cuda", "cpu"))
+    deterministic: bool = _flag(
+        False,
+        "training",
+        "give the same bits in every run on one GPU, at the cost of slower convolutions; the CPU does so anyway",
+    )
     seed: int = _flag(0, "training", "seed of initial weights, order and augmentation", within=(0, 2**32 - 1))
     max_steps: int = _flag(0, "training", "stop after N steps in all; 0: train to the end", least=0)
     checkpoint_every: str = _flag(

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from fastnet.cli import SettingsParser, directory, run_command
 from fastnet.config import Config
 from fastnet.data.default import default_set
-from fastnet.distributed.device import choose_precision
+from fastnet.distributed.device import choose_precision, make_deterministic
 from fastnet.distributed.lock import run_lock
 from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime, joined
@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             data = default_set(given["data"])
             config = settings_of(given, data.source["kind"])
             runtime.amp = choose_precision(config.precision, runtime.device)
+            if config.deterministic:
+                make_deterministic()
         run_dir = given["run_dir"] or Path("runs") / config.network
         with (
             run_lock(run_dir, runtime) as lock,

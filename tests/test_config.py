@@ -13,7 +13,7 @@ from fastnet.errors import InputError
 
 # The command line is an interface: scripts rely on these flags.
 FLAGS = """
---accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --device --epochs
+--accumulate --apex --augment --backend --batch-size --checkpoint-every --decode --depth --deterministic --device --epochs
 --erase --eval-crop --flip --head-epochs --head-lr --head-optimizer --image-size --label-smoothing
 --log-every --lr --max-steps --min-crop --momentum --network --optimizer --plateau --plateau-delta
 --precision --profile-steps --seed --seq-len --stages --threads --timeout --warmup --weight-decay --weights

@@ -9,6 +9,8 @@ import torch
 
 from fastnet.errors import InputError
 
+# The first is the only one with which cuDNN's LSTMs (--backend torch) repeat themselves, too (torch.nn.LSTM).
+CUBLAS_WORKSPACE, CUBLAS_WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":16:8", ":4096:8")
 NVIDIA_DEVICES = (Path("/dev"), "nvidia[0-9]*")
 
 
@@ -34,6 +36,24 @@ def choose_device(choice: str = "auto", local_rank: int = 0, local_world_size: i
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     return device
+
+
+def make_deterministic() -> None:
+    """Lets this process take only algorithms whose results do not change from run to run (`--deterministic`).
+
+    Call it before the first product on a GPU, since cuBLAS reads its setting when it starts. What has no such
+    algorithm raises RuntimeError. https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    given = os.environ.setdefault(CUBLAS_WORKSPACE, CUBLAS_WORKSPACES[0])
+    if given not in CUBLAS_WORKSPACES:
+        raise InputError(
+            f"--deterministic: {CUBLAS_WORKSPACE} is {given}; unset it, or set it to {' or '.join(CUBLAS_WORKSPACES)}"
+        )
+    torch.use_deterministic_algorithms(True)
+    # Every operator here writes what it reads later; filling each new tensor first would cost a launch.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _has_nvidia_device() -> bool:

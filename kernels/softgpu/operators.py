@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softgpu import graphs, library, lstm, rewritten, watching
+from softgpu import determinism, graphs, library, lstm, rewritten, watching
 from softgpu.forms import forms
 from softgpu.host import Placement, alias, fill, flat, random_generator, region, tensors_in, to_device, widen
 
@@ -91,6 +91,7 @@ class Operator:
             self.compute = _in_float32(self.compute)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        determinism.check(self.base)
         given = dict(zip(self.arguments, args, strict=False), **kwargs)
         watching.note_operator(self.name, tensors_in(list(given.values())))
         placement = Placement(self.name, host_tensors=self.base in INDEXING)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,10 +17,11 @@ import torch
 
 import softgpu
 from fastnet import ensemble, evaluate, predict, train
+from fastnet.errors import InputError
 from fastnet.training.checkpoint import load
 from fastnet.training.trainer import Trainer
 from tests.softgpu.trainers import begin, tiny_trainer
-from tests.support.runs import assert_same_end, events
+from tests.support.runs import assert_equal, assert_same_end, events
 
 # Two phases of one epoch, five steps each.
 FLAGS = ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--epochs", "1", "--lr", "0.005"]
@@ -134,6 +136,36 @@ def test_a_save_waits_once_and_not_in_the_training(tiny_set: Path, tmp_path: Pat
         trainer.train_step()
     assert seen.counts["d2h"] > 100 and not seen.counts["pageable"]
     assert len(seen.waits) == 1 and "ready.synchronize()" in seen.waits[0], seen.waits
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """Takes back what --deterministic sets for good."""
+    yield
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+def test_a_deterministic_run(
+    baseline: Path, tiny_set: Path, tmp_path: Path, as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes through, in both phases of both networks, with operators that have no deterministic kernel refused."""
+    one, two = tmp_path / "baseline", tmp_path / "lstm"
+    assert run_here(tiny_set, one, "--network", "baseline", "--precision", "fp16", "--deterministic")["done"]
+    assert_equal(load(one / "last.pt").model, load(baseline / "last.pt").model)
+    run_here(tiny_set, two, "--network", "lstm", "--backend", "torch", "--deterministic", "--max-steps", "6")
+    for run in (one, two):
+        assert json.loads((run / "manifest.json").read_text())["config"]["deterministic"] is True
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    x = torch.ones(1, 1, 4, 4, device="cuda", requires_grad=True)
+    with pytest.raises(RuntimeError, match="deterministic"):
+        torch.nn.functional.adaptive_avg_pool2d(x, 2).sum().backward()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(RuntimeError, match="deterministic"):
+        torch.mm(x[0, 0], x[0, 0])
+    with pytest.raises(InputError, match="--deterministic: CUBLAS_WORKSPACE_CONFIG is :0:0; unset it"):
+        run_here(tiny_set, one, "--deterministic")
 
 
 @pytest.fixture
