@@ -27,7 +27,7 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
-from fastnet.input.graph import PREFETCH, InputSpec, graph, resolve_decode
+from fastnet.input.graph import PREFETCH, InputSpec, decoder_threads, graph, resolve_decode
 from fastnet.provenance import machine_memory
 
 
@@ -81,6 +81,27 @@ def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
         )
 
 
+def check_batch_size(split: Split, batch_size: int, accumulate: int, world_size: int) -> None:
+    """Raises InputError unless the split has a whole batch, and a batch an image for each of its parts."""
+    if batch_size > len(split):
+        raise InputError(
+            f"--batch-size {batch_size}: the {split.name} split has {len(split)} images; use at most that"
+        )
+    if batch_size < world_size * accumulate:
+        raise InputError(
+            f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
+            f"{world_size * accumulate}"
+        )
+
+
+def check_ranks(split: Split, world_size: int) -> None:
+    """Raises InputError for more ranks than the split has images."""
+    if world_size > len(split):
+        raise InputError(
+            f"{world_size} ranks: the {split.name} split has {len(split)} images; start fewer processes"
+        )
+
+
 class _Stream:
     def __init__(
         self, split: Split, spec: InputSpec, names: tuple[str, ...], policy: str, largest: int
@@ -102,9 +123,10 @@ class _Stream:
             names,
             spec,
             policy,
+            int(split.sizes.astype(np.int64).prod(axis=1).max()),
             bool(spec.device.type == "cpu" and small and plain),
             batch_size=largest,
-            num_threads=spec.threads,
+            num_threads=decoder_threads(spec.threads, largest),
             device_id=_device_id(spec.device),
         )
 
@@ -152,15 +174,7 @@ class TrainStream(_Stream):
         epoch: int = 0,
         step: int = 0,
     ) -> None:
-        if batch_size > len(split):
-            raise InputError(
-                f"--batch-size {batch_size}: the {split.name} split has {len(split)} images; use at most that"
-            )
-        if batch_size < world_size * accumulate:
-            raise InputError(
-                f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
-                f"{world_size * accumulate}"
-            )
+        check_batch_size(split, batch_size, accumulate, world_size)
         self.steps_per_epoch, self.accumulate = len(split) // batch_size, accumulate
         names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
         largest = -(-batch_size // (world_size * accumulate))
@@ -201,10 +215,7 @@ class EvalStream(_Stream):
     def __init__(
         self, split: Split, spec: InputSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        if world_size > len(split):
-            raise InputError(
-                f"{world_size} ranks: the {split.name} split has {len(split)} images; start fewer processes"
-            )
+        check_ranks(split, world_size)
         self._share = np.arange(len(split))[part(len(split), rank, world_size)]
         self._batch_size = min(batch_size, len(self._share))
         super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
