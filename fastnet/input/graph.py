@@ -17,6 +17,10 @@ from fastnet.input.draws import MEAN, STD
 from fastnet.input.operators import apply_policy, input_type
 
 PREFETCH = 2
+# To wake a thread costs about what a tenth of a small image does, so further threads would only add work.
+IMAGES_PER_THREAD = 4
+# DALI's own buffers for each of nvJPEG's threads, made for photographs: on the device, and twice in pinned memory.
+DEVICE_PADDING, HOST_PADDING = 16 << 20, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,36 @@ def resolve_decode(choice: str, device: torch.device) -> str:
     return choice
 
 
+def decoder_threads(threads: int, batch_size: int) -> int:
+    """Of `threads`, those that a batch keeps busy."""
+    return min(threads, -(-batch_size // IMAGES_PER_THREAD))
+
+
+def decoder_padding(pixels: int) -> dict[str, int]:
+    """Bytes of nvJPEG's buffers for images of up to `pixels`: 16-bit coefficients in three colours, and the pixels.
+
+    Where an image needs more, nvJPEG enlarges them once.
+    """
+    needed = 9 * pixels
+    return {
+        "device_memory_padding": min(DEVICE_PADDING, needed),
+        "host_memory_padding": min(HOST_PADDING, needed),
+    }
+
+
 @pipeline_def(enable_conditionals=True, prefetch_queue_depth=PREFETCH)
 def graph(
-    source: Callable, names: tuple[str, ...], spec: InputSpec, policy: str, normalise_first: bool = False
+    source: Callable,
+    names: tuple[str, ...],
+    spec: InputSpec,
+    policy: str,
+    pixels: int,
+    normalise_first: bool = False,
 ) -> DataNode:
     """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
 
-    `normalise_first`: before resizing instead of after it; only without a policy.
+    pixels: of the largest image.
+    normalise_first: before resizing instead of after it; only without a policy.
     Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
     """
     forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
@@ -68,7 +95,11 @@ def graph(
     if spec.decode == "gpu":
         # The same chroma upsampling as on the CPU: a network sees the same pixels wherever they are decoded.
         images = fn.decoders.image(
-            images, device="mixed", adjust_orientation=False, jpeg_fancy_upsampling=True
+            images,
+            device="mixed",
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+            **decoder_padding(pixels),
         )
     elif spec.decode == "cpu":
         images = fn.decoders.image(images, adjust_orientation=False)

@@ -151,12 +151,12 @@ def no_batch() -> list:
     return []
 
 
-def gpu_graph(decode: str, policy: str) -> str:
+def gpu_graph(decode: str, policy: str, pixels: int = 64 * 64) -> str:
     """The serialized graph for a GPU, which DALI checks for arguments, types and devices without having one."""
     augment = Augment(policy=policy, erase=0.5)
     names = tuple(aug.train_inputs(augment, aug.epoch_draws(1, 0, 0), np.array([[64, 64]]), 64))
     how = InputSpec(64, torch.device("cuda", 0), torch.float16, decode, 2)
-    made = graph.graph(no_batch, names, how, policy, batch_size=8, num_threads=2, device_id=None)
+    made = graph.graph(no_batch, names, how, policy, pixels, batch_size=8, num_threads=2, device_id=None)
     return made.serialize().decode("latin1")
 
 
@@ -166,6 +166,25 @@ def test_the_gpu_graph_is_valid(decode: str, policy: str) -> None:
     text = gpu_graph(decode, policy)
     assert ("mixed" in text) == (decode == "gpu")
     assert "Resize" in text and "gpu" in text
+
+
+@pytest.mark.parametrize("side", [64, 4096])
+def test_decoder_buffers_fit_the_images(side: int) -> None:
+    """36 KB for each of nvJPEG's threads at 64 px, and no more than DALI's own for any size."""
+    text = gpu_graph("gpu", "none", side**2)
+    for name, most in (("device", 16 << 20), ("host", 8 << 20)):
+        # The value follows its name, as a varint of protobuf.
+        expected, encoded = min(most, 9 * side**2), bytearray()
+        while expected > 0x7F:
+            encoded.append(expected & 0x7F | 0x80)
+            expected >>= 7
+        encoded.append(expected)
+        found = text.encode("latin1").split(f"{name}_memory_padding".encode())[1][:40]
+        assert bytes(encoded) in found, found
+
+
+def test_a_batch_decides_how_many_threads_decode() -> None:
+    assert [graph.decoder_threads(28, batch) for batch in (1, 4, 5, 32, 256)] == [1, 1, 2, 8, 28]
 
 
 @pytest.mark.parametrize(
