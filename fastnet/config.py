@@ -79,8 +79,9 @@ class Config:
     decode: str = _flag(
         "auto",
         "data",
-        "where JPEGs are decoded; raw: once, into a file beside the set",
-        choices=("auto", "gpu", "cpu", "raw"),
+        "where JPEGs are decoded; raw: once, into a file beside the set; device: that file in GPU memory; auto: device "
+        "where a quarter of the free memory holds it and the augmentation is plain, else gpu, or cpu without one",
+        choices=("auto", "device", "gpu", "cpu", "raw"),
     )
     threads: int = _flag(
         0, "data", "CPU threads per rank; 0 divides the cores among the ranks", within=(0, 1024)

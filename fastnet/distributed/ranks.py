@@ -79,15 +79,19 @@ class Runtime:
                 raise
             own = refused(error, error.filename or "the run directory")
             own.__cause__ = error
-        problem = str(own) if own else None
-        if self.world_size > 1:
-            problems: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(problems, problem, group=self.control)
-            problem = next((p for p in problems if p), None)
+        problem = self.first_of(str(own) if own else None)
         if own:
             raise own
         if problem:
             raise InputError(problem)
+
+    def first_of(self, value: T | None) -> T | None:
+        """The first rank's `value` that is not None, on every rank; None where all are. Collective."""
+        values: list[T | None] = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, group=self.control)
+        return next((v for v in values if v is not None), None)
 
     def from_main(self, value: T) -> T:
         """Rank 0's `value`, on every rank. Collective."""

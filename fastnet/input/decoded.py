@@ -1,4 +1,4 @@
-"""A split decoded once, for `--decode raw`: all images as uint8 in `<split>.raw` beside the prepared set.
+"""A split decoded once, for `--decode raw` and `device`: all images as uint8 in `<split>.raw` beside the prepared set.
 
 The file is memory mapped. It begins with one line that holds the sha256 of the split it was decoded from, padded to
 `HEADER` bytes; the images [h, w, 3] follow one after the other. Their sizes are those of the split.
@@ -7,11 +7,13 @@ The file is memory mapped. It begins with one line that holds the sha256 of the 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fastnet.data.decoding import Decoder, chunks
 from fastnet.data.lock import exclusive
@@ -32,8 +34,7 @@ class DecodedImages:
     def __init__(self, split: Split, threads: int) -> None:
         path = split.path.with_suffix(".raw")
         self.sizes = split.sizes
-        areas = split.sizes.astype(np.int64).prod(axis=1) * 3
-        self.starts = HEADER + np.concatenate([[0], np.cumsum(areas)])  # [N + 1]
+        self.starts = HEADER + np.concatenate([[0], np.cumsum(_image_bytes(split))])  # [N + 1]
         digest = read_meta(split.path.parent).splits[split.name].sha256
         header = f"fastnet raw 1 {digest}\n".encode().ljust(HEADER)
         if not path.exists():
@@ -59,6 +60,28 @@ class DecodedImages:
         """Image `i`: uint8 [h, w, 3], a view of the mapped file."""
         height, width = self.sizes[i]
         return self.mapped[self.starts[i] : self.starts[i + 1]].reshape(height, width, 3)
+
+
+def decoded_bytes(split: Split) -> int:
+    """What the split's images take decoded."""
+    return int(_image_bytes(split).sum())
+
+
+def why_not_decoded(split: Split) -> str | None:
+    """Why there is no file of the split's decoded images and none can be written; None where there is or can."""
+    path = split.path.with_suffix(".raw")
+    if path.exists():
+        return None
+    if not os.access(path.parent, os.W_OK):
+        return f"{path} is missing and cannot be written"
+    free = shutil.disk_usage(path.parent).free
+    if decoded_bytes(split) > free:
+        return f"{path} would take {decoded_bytes(split) / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+    return None
+
+
+def _image_bytes(split: Split) -> NDArray[np.int64]:
+    return split.sizes.astype(np.int64).prod(axis=1) * 3
 
 
 def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> None:

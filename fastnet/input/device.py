@@ -23,7 +23,15 @@ from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import MEAN, STD, epoch_draws, epoch_order, eval_inputs, train_inputs
 from fastnet.input.graph import InputSpec
-from fastnet.input.streams import Batch, check_batch_size, check_ranks, part, step_share
+from fastnet.input.streams import (
+    Batch,
+    EvalStream,
+    TrainStream,
+    check_batch_size,
+    check_ranks,
+    part,
+    step_share,
+)
 
 UPLOAD = 16 << 20  # bytes copied at a time
 
@@ -97,7 +105,9 @@ class DeviceTrainStream(_DeviceStream):
         step: int = 0,
     ) -> None:
         check_batch_size(split, batch_size, accumulate, world_size)
-        refuse_augmentation(augment)
+        lacking = unsupported(augment)
+        if lacking:
+            raise InputError(f"--decode device: the kernel has no {lacking}; use gpu, cpu, raw or auto")
         self.steps_per_epoch, self.accumulate = len(split) // batch_size, accumulate
         self._augment, self._seed, self._batch_size = augment, seed, batch_size
         self._rank, self._world_size = rank, world_size
@@ -198,11 +208,25 @@ class DeviceEvalStream(_DeviceStream):
             yield Batch(*self._make(first, len(index)), index)
 
 
-def refuse_augmentation(augment: Augment) -> None:
-    """Raises InputError for what the kernel does not do to images."""
-    for flag, value, plain in (("--augment", augment.policy, "none"), ("--erase", augment.erase, 0)):
-        if value != plain:
-            raise InputError(f"--decode device: has no {flag} {value}; use --decode gpu, or {flag} {plain}")
+def unsupported(augment: Augment) -> str | None:
+    """The flag, with its value, that asks for what the kernel does not do to images."""
+    if augment.policy != "none":
+        return f"--augment {augment.policy}"
+    return f"--erase {augment.erase}" if augment.erase else None
+
+
+def train_stream(
+    split: Split, spec: InputSpec, augment: Augment, **options: int
+) -> TrainStream | DeviceTrainStream:
+    """The training stream of `spec.decode`. Raises InputError where the images do not fit it."""
+    kind = DeviceTrainStream if spec.decode == "device" else TrainStream
+    return kind(split, spec, augment, **options)
+
+
+def eval_stream(split: Split, spec: InputSpec, **options: int) -> EvalStream | DeviceEvalStream:
+    """The same for each image once."""
+    kind = DeviceEvalStream if spec.decode == "device" else EvalStream
+    return kind(split, spec, **options)
 
 
 def upload(values: NDArray, device: torch.device, to: Tensor | None = None) -> Tensor:

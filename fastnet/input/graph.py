@@ -25,7 +25,9 @@ DEVICE_PADDING, HOST_PADDING = 16 << 20, 8 << 20
 
 @dataclass(frozen=True)
 class InputSpec:
-    """How images become tensors. `decode` is gpu (nvJPEG), cpu, or raw (decoded once, to a file)."""
+    """How images become tensors. `decode` is gpu (nvJPEG), cpu, raw (decoded once, to a file), or device
+    (that file in GPU memory, without DALI's graph).
+    """
 
     image_size: int
     device: torch.device
@@ -41,9 +43,9 @@ class InputSpec:
 
 
 def resolve_decode(choice: str, device: torch.device) -> str:
-    """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere."""
-    if choice == "gpu" and device.type != "cuda":
-        raise InputError("--decode gpu: there is no GPU here; use cpu, raw or auto")
+    """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere. (Training: training/placement.py.)"""
+    if choice in ("device", "gpu") and device.type != "cuda":
+        raise InputError(f"--decode {choice}: there is no GPU here; use cpu, raw or auto")
     if choice == "auto":
         return "gpu" if device.type == "cuda" else "cpu"
     return choice

@@ -11,10 +11,12 @@ from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
+from fastnet.input.graph import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
+from fastnet.training.placement import place
 from fastnet.training.state import TrainState
 
 
@@ -25,7 +27,6 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "device": runtime.device.type,
         "ranks": runtime.world_size,
         "precision": str(dtype).removeprefix("torch."),
-        "decode": resolve_decode(config.decode, runtime.device),
         "threads": config.threads or threads_per_rank(),
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
     }
@@ -62,12 +63,18 @@ def _memory(device: torch.device) -> int:
 
 def open_streams(
     config: Config, data: PreparedSet, runtime: Runtime, state: TrainState, chosen: dict[str, Any]
-) -> tuple[TrainStream, EvalStream]:
-    """This rank's training stream, from where the run is, and its share of the validation split."""
-    spec = InputSpec.of(config, runtime.device, runtime.image_dtype, chosen["decode"], chosen["threads"])
-    place = {"rank": runtime.rank, "world_size": runtime.world_size}
-    train_stream = TrainStream(
-        data.splits["train"],
+) -> tuple[TrainStream | DeviceTrainStream, EvalStream | DeviceEvalStream]:
+    """This rank's training stream, from where the run is, and its share of the validation split.
+
+    Adds to `chosen` where the images are decoded. Collective, before anything in it can fail on one rank alone.
+    """
+    train, val = data.splits["train"], data.splits["val"]
+    chosen |= place(config.decode, config.augment, (train, val), runtime)
+    dtype = runtime.amp or torch.float32 if chosen["decode"] == "device" else runtime.image_dtype
+    spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], chosen["threads"])
+    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+    stream = train_stream(
+        train,
         spec,
         config.augment,
         batch_size=config.batch_size,
@@ -75,7 +82,7 @@ def open_streams(
         seed=config.seed,
         epoch=state.epoch,
         step=state.step_in_epoch,
-        **place,
+        **ranks,
     )
     share = max(1, config.batch_size // runtime.world_size // config.accumulate)
-    return train_stream, EvalStream(data.splits["val"], spec, batch_size=share, **place)
+    return stream, eval_stream(val, spec, batch_size=share, **ranks)
