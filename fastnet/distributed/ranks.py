@@ -101,6 +101,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def is_first_with(self, key: str) -> bool:
+        """Whether no rank before this one has the same key. Collective."""
+        if self.world_size == 1:
+            return True
+        keys: list[str] = [""] * self.world_size
+        dist.all_gather_object(keys, key, group=self.control)
+        return keys.index(key) == self.rank
+
 
 def single_process(device: str = "auto") -> Runtime:
     """One process alone, for the commands that use a trained network."""

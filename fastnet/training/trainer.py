@@ -28,6 +28,7 @@ from fastnet.profiling import Window, span
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
 from fastnet.training.evaluation import check_weights, evaluate
+from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import data_parallel, share_weights, without_sync
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
@@ -243,6 +244,7 @@ class Trainer:
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
             runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
+            prepare_kernels(config, runtime, chosen["lstm_backend"])
             if self.saved:
                 self.say(f"continues after step {self.state.step}")
             with runtime.agree():

@@ -7,12 +7,16 @@ versions in constraints.txt. `launches` counts one for each operator of cuBLAS a
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from triton import knobs
 
 import softgpu
+from fastnet.training.evaluation import evaluate
 from fastnet.training.trainer import Trainer
 from tests.kernels.test_gpu import (
     test_one_binary_for_every_batch_size as test_one_binary_for_every_batch_size,
@@ -52,3 +56,23 @@ def test_a_step_keeps_its_budget(network: str, dtype: torch.dtype, tiny_set: Pat
             found[phase.name] = step_costs(trainer)
     committed = json.loads(BUDGETS.read_text())[network][str(dtype).removeprefix("torch.")]
     assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"
+
+
+def test_kernels_are_compiled_before_the_first_step(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is left to a step or to validation, and none adds floating-point numbers in an order that may change."""
+    seen: list[str] = []
+
+    def note(*, src: Any, metadata_group: dict[str, str], **_: Any) -> None:
+        (ptx,) = (Path(path) for path in metadata_group.values() if path.endswith(".ptx"))
+        assert not re.search(r"\b(atom|red)\.[^;]*\.b?f(16|32|64)", ptx.read_text())
+        seen.append(src.fn.__name__)
+
+    monkeypatch.setattr(knobs.compilation, "listener", note)
+    with tiny_trainer("lstm", "cuda", torch.float32, tiny_set, tmp_path) as trainer:
+        for index in range(len(trainer.phases)):
+            begin(trainer, index)
+            trainer.train_step()
+            evaluate(trainer.network, trainer.val_stream, trainer.runtime)
+    assert not [name for name in seen if name != "images_kernel"], seen
