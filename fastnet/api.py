@@ -22,8 +22,9 @@ from fastnet.errors import InputError
 from fastnet.inference import runs, scores
 from fastnet.inference.images import images_as_split
 from fastnet.inference.runs import TrainedRun
+from fastnet.input.device import eval_stream, train_stream
 from fastnet.input.graph import InputSpec, resolve_decode
-from fastnet.input.streams import Batch, EvalStream, TrainStream
+from fastnet.input.streams import Batch
 
 __all__ = [
     "Augment",
@@ -68,10 +69,10 @@ def batches(
         raise InputError(f"{data.path}: has no {split} split; choose one of {', '.join(data.splits)}")
     images = data.splits[split]
     if augment is None:
-        with closing(EvalStream(images, spec, batch_size=batch_size)) as every:
+        with closing(eval_stream(images, spec, batch_size=batch_size)) as every:
             yield from every
     else:
-        stream = TrainStream(images, spec, augment, batch_size=batch_size, seed=seed, epoch=epoch)
+        stream = train_stream(images, spec, augment, batch_size=batch_size, seed=seed, epoch=epoch)
         with closing(stream):
             yield from islice(stream, len(stream))
 

@@ -146,8 +146,8 @@ def images_kernel(
     first_row = tile // ACROSS * ROWS
     rows = first_row + tl.arange(0, ROWS)
     centre_y = top + (rows.to(tl.float32) + 0.5) * scale_y - 0.5
-    begin = tl.ceil(tl.min(centre_y) - radius_y).to(tl.int32)
-    end = tl.floor(tl.max(centre_y) + radius_y).to(tl.int32)
+    begin = tl.ceil(top + (first_row + 0.5) * scale_y - 0.5 - radius_y).to(tl.int32)
+    end = tl.floor(top + (first_row + (ROWS - 0.5)) * scale_y - 0.5 + radius_y).to(tl.int32)
 
     # Across: the centre [COLUMNS] of each output column in the image, and the first pixel that it needs.
     columns = tile % ACROSS * COLUMNS + tl.arange(0, COLUMNS)
@@ -161,9 +161,9 @@ def images_kernel(
     near = tl.ceil(centre_x - radius_x)
     pairs = tl.ceil(radius_x).to(tl.int32)  # of pixels across; some of the last may have no weight
 
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total_y = tl.zeros([ROWS], tl.float32)
-    total_x = tl.zeros([COLUMNS], tl.float32)
+    sums = tl.full((ROWS, COLUMNS), 0, tl.float32)
+    total_y = tl.full((ROWS,), 0, tl.float32)
+    total_x = tl.full((COLUMNS,), 0, tl.float32)
     for pair in range(pairs):
         weight_0, at_0 = tap(near + 2 * pair, centre_x, narrow_x, channel, width)
         weight_1, at_1 = tap(near + (2 * pair + 1), centre_x, narrow_x, channel, width)
