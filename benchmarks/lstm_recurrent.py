@@ -19,7 +19,7 @@ def fused_recurrent(p: Problem) -> Provider:
     gates, dgates = (torch.randn(size.gates, device=p.device).to(p.dtype) for _ in range(2))
     h = torch.empty(size.states, dtype=p.dtype, device=p.device)
     c = torch.empty(size.states, device=p.device)
-    dh, dc = (torch.empty(size.carry, device=p.device) for _ in range(2))
+    carry = torch.empty(size.carry, device=p.device)
     out = torch.empty(p.batch, plans[0].outputs, dtype=p.dtype, device=p.device)
     with torch.no_grad():
         packed = launch.pack(p.module.weights(), plans, p.dtype)
@@ -32,7 +32,7 @@ def fused_recurrent(p: Problem) -> Provider:
 
     def backward(_: Tensor) -> None:
         launch.recurrent_backward(
-            plans, gates=gates, c=c, packed=packed, dout=p.dout, dgates=dgates, dh=dh, dc=dc
+            plans, gates=gates, c=c, packed=packed, dout=p.dout, dgates=dgates, carry=carry
         )
 
     return Provider(forward, [], backward=backward)

@@ -180,14 +180,14 @@ def static(arch: int) -> dict[str, dict[str, int]]:
         "backward_kernel": fused_backward.backward_kernel,
     }
     kinds = dict.fromkeys(("gates", "h", "packed", "out", "dout", "dgates"), DTYPE)
-    kinds |= dict.fromkeys(("c", "dh", "dc"), torch.float32)
+    kinds |= dict.fromkeys(("c", "carry"), torch.float32)
     found = {}
     for name, kernel in kernels.items():
         constants: dict[str, Any] = {"PLANS": plans, "R": plan.BATCH_TILE}
         if name == "forward_kernel":
             constants |= {"STATES": True, "GATES": True}
         pointers = {n: kinds[n] for n in kernel.arg_names if n in kinds}
-        options = launch.recurrent_options(DTYPE, forward=name == "forward_kernel")
+        options = launch.recurrent_options(DTYPE, forward=name == "forward_kernel", split=False)
         r = cross_compile(kernel, arch, pointers, constants, **options)
         found[name] = {
             "registers": r.registers,

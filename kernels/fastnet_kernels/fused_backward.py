@@ -13,26 +13,38 @@ import triton
 import triton.language as tl
 
 from .gates import merge, tanh
-from .tiles import IS_BLOCKED, IS_RESIDENT, load_resident_weights, locate, output_tile, tile_indices
+from .meeting import arrive, leave, wait
+from .tiles import (
+    IS_BLOCKED,
+    IS_RESIDENT,
+    counter_of,
+    load_resident_weights,
+    locate,
+    output_tile,
+    tile_indices,
+)
 
 
 @triton.jit
-def cell_gradient(gates, c, c_next, dh, dc, U: tl.constexpr):
+def cell_gradient(i, f, g, o, c, c_next, dh, dc):
     """Gradients of a tile's pre-activations i, f, g, o and of c_{t-1}, each [R, U] float32.
 
-    gates points at the tile's gate i; c and c_next at c_{t-1} and c_t; dh and dc are those of h_t and c_t.
+    Of the gates, c_{t-1} and c_t, and the gradients of h_t and c_t.
     """
-    i = tl.load(gates).to(tl.float32)
-    f = tl.load(gates + U).to(tl.float32)
-    g = tl.load(gates + 2 * U).to(tl.float32)
-    o = tl.load(gates + 3 * U).to(tl.float32)
-    y = tanh(tl.load(c_next))
+    i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+    y = tanh(c_next)
     dc += dh * o * (1 - y * y)
     di = dc * g * i * (1 - i)
-    df = dc * tl.load(c) * f * (1 - f)
+    df = dc * c * f * (1 - f)
     dg = dc * i * (1 - g * g)
     do = dh * y * o * (1 - o)
     return di, df, dg, do, dc * f
+
+
+@triton.jit
+def load_gates(gates, U: tl.constexpr):
+    """i, f, g, o of a tile, whose gate i `gates` points at."""
+    return tl.load(gates), tl.load(gates + U), tl.load(gates + 2 * U), tl.load(gates + 3 * U)
 
 
 @triton.jit
@@ -61,9 +73,9 @@ def backward_resident(gates, c, w, dout, dgates, rows, bp, P: tl.constexpr, R: t
         for j in tl.static_range(P.chunks):
             at = t * bp * (4 * P.padded) + r * (4 * P.padded) + j * P.columns
             c_at = c + t * bp * P.padded + r * P.padded + j * P.units + u
-            di, df, dg, do, dc = cell_gradient(
-                gates + at + u, c_at, c_at + bp * P.padded, dh_tiles[j], dc_tiles[j], P.units
-            )
+            gi, gf, gg, go = load_gates(gates + at + u, P.units)
+            c_old, c_new = tl.load(c_at), tl.load(c_at + bp * P.padded)
+            di, df, dg, do, dc = cell_gradient(gi, gf, gg, go, c_old, c_new, dh_tiles[j], dc_tiles[j])
             dc_next = dc_next + (dc,)
             d = merge(di, df, dg, do, R, P.units).to(dtype)
             tl.store(dgates + at + n, d)
@@ -99,8 +111,10 @@ def backward_streamed(gates, c, w, dout, dgates, dh, dc, rows, bp, P: tl.constex
             at = r * P.padded + j * U + u
             c_at = c + t * slot + at
             gates_at = gates + t * slot * 4 + r * (4 * P.padded) + j * P.columns + u
+            gi, gf, gg, go = load_gates(gates_at, U)
+            c_old, c_new = tl.load(c_at), tl.load(c_at + slot)
             di, df, dg, do, dc_new = cell_gradient(
-                gates_at, c_at, c_at + slot, tl.load(dh + at), tl.load(dc + at), U
+                gi, gf, gg, go, c_old, c_new, tl.load(dh + at), tl.load(dc + at)
             )
             tl.store(dc + at, dc_new)
             tl.store(d_t + j * P.columns + u, di.to(dtype))
@@ -135,9 +149,68 @@ def backward_streamed(gates, c, w, dout, dgates, dh, dc, rows, bp, P: tl.constex
 
 
 @triton.jit
-def backward_group(gates, c, packed, dout, dgates, dh, dc, batch, P: tl.constexpr, R: tl.constexpr):
+def backward_split(gates, c, w, dout, dgates, sums, counter, j, rows, bp, P: tl.constexpr, R: tl.constexpr):
+    """Chunk j of the gates: their gradients, and these times chunk j of W_hh, one of C sums that make dh.
+
+    The programs exchange the sums [C, R, Hp] through two buffers used in turn, which makes one meeting a step enough,
+    and each adds the C of its own units, always in the same order.
+    """
+    r, u, n = tile_indices(P, R)
+    kb = tl.arange(0, P.block)
+    dtype = dgates.dtype.element_ty
+    slot = bp * P.padded
+    at = r * P.padded + j * P.units + u
+    gates_at = r * (4 * P.padded) + j * P.columns
+    w += j * (P.padded * P.columns)
+    w_tiles = ()
+    if P.mode != IS_BLOCKED:
+        for i in tl.static_range(len(P.wide)):
+            k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+            w_tiles = w_tiles + (tl.load(w + k[:, None] * P.columns + n),)
+    c += (P.steps - 1) * slot
+    gates += (P.steps - 1) * slot * 4
+    dgates += (P.steps - 1) * slot * 4
+    gi, gf, gg, go = load_gates(gates + gates_at + u, P.units)
+    c_old, c_new = tl.load(c + at), tl.load(c + slot + at)
+    dh = load_output_gradient(dout, j, rows, P, R)
+    dc = tl.full((R, P.units), 0, tl.float32)
+    for s in tl.range(P.steps - 1, num_stages=1):
+        di, df, dg, do, dc = cell_gradient(gi, gf, gg, go, c_old, c_new, dh, dc)
+        d = merge(di, df, dg, do, R, P.units).to(dtype)
+        half = sums + s % 2 * (P.groups * P.parts) * slot
+        if P.mode == IS_BLOCKED:
+            for k0 in tl.range(0, P.padded, P.block, num_stages=P.backward_depth):
+                acc = tl.full((R, P.block), 0, tl.float32)
+                w_tile = tl.load(w + (k0 + kb)[:, None] * P.columns + n)
+                acc = tl.dot(d, tl.trans(w_tile), acc, input_precision="ieee")
+                tl.store(half + (j * R + r) * P.padded + (k0 + kb)[None, :], acc)
+        else:
+            for i in tl.static_range(len(P.wide)):
+                k = P.wide[i][0] + tl.arange(0, P.wide[i][1])
+                acc = tl.full((R, P.wide[i][1]), 0, tl.float32)
+                acc = tl.dot(d, tl.trans(w_tiles[i]), acc, input_precision="ieee")
+                tl.store(half + (j * R + r) * P.padded + k[None, :], acc)
+        arrive(counter)
+        tl.store(dgates + gates_at + n, d)
+        dgates -= slot * 4
+        gates -= slot * 4
+        c -= slot
+        gi, gf, gg, go = load_gates(gates + gates_at + u, P.units)
+        c_new = c_old
+        c_old = tl.load(c + at)
+        wait(counter, (s + 1) * P.parts)
+        dh = tl.full((R, P.units), 0, tl.float32)
+        for i in tl.static_range(P.chunks):
+            dh += tl.load(half + (i * R + r) * P.padded + j * P.units + u, cache_modifier=".cg")
+    di, df, dg, do, dc = cell_gradient(gi, gf, gg, go, c_old, c_new, dh, dc)
+    tl.store(dgates + gates_at + n, merge(di, df, dg, do, R, P.units).to(dtype))
+    leave(counter, P.steps * P.parts)
+
+
+@triton.jit
+def backward_group(gates, c, packed, dout, dgates, carry, batch, P: tl.constexpr, R: tl.constexpr):
     """Runs the program if its group belongs to stage P."""
-    g, row, bp = locate(batch, P, R)
+    g, row, part, bp = locate(batch, P, R)
     if (g >= 0) & (g < P.groups):
         gates_at = bp * P.gates_at + (g * P.steps * bp + row) * (4 * P.padded)
         gates += gates_at
@@ -145,16 +218,20 @@ def backward_group(gates, c, packed, dout, dgates, dh, dc, batch, P: tl.constexp
         c += bp * P.states_at + (g * P.slots * bp + row) * P.padded
         w = packed + P.hidden_weights_at + g * (4 * P.padded * P.padded)
         dout += row * P.outputs + P.column + g * P.hidden
+        carry += bp * P.carry_at + (g * bp + row) * (P.padded * P.parts)
         rows = batch - row
-        if P.mode == IS_RESIDENT:
+        if P.parts > 1:
+            counter = counter_of(packed, g, row, bp, P, True, R)
+            backward_split(gates, c, w, dout, dgates, carry, counter, part, rows, bp, P=P, R=R)
+        elif P.mode == IS_RESIDENT:
             backward_resident(gates, c, w, dout, dgates, rows, bp, P=P, R=R)
         else:
-            at = bp * P.carry_at + (g * bp + row) * P.padded
-            backward_streamed(gates, c, w, dout, dgates, dh + at, dc + at, rows, bp, P=P, R=R)
+            dc = carry + P.groups * bp * P.padded
+            backward_streamed(gates, c, w, dout, dgates, carry, dc, rows, bp, P=P, R=R)
 
 
 @triton.jit(do_not_specialize=["batch"])
-def backward_kernel(gates, c, packed, dout, dgates, dh, dc, batch, PLANS: tl.constexpr, R: tl.constexpr):
+def backward_kernel(gates, c, packed, dout, dgates, carry, batch, PLANS: tl.constexpr, R: tl.constexpr):
     """The grid of forward_kernel; the steps in reverse."""
     for s in tl.static_range(len(PLANS)):
-        backward_group(gates, c, packed, dout, dgates, dh, dc, batch, P=PLANS[s], R=R)
+        backward_group(gates, c, packed, dout, dgates, carry, batch, P=PLANS[s], R=R)

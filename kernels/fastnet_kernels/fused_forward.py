@@ -29,7 +29,16 @@ import triton
 import triton.language as tl
 
 from .gates import activate, merge, tanh
-from .tiles import IS_BLOCKED, IS_RESIDENT, load_resident_weights, locate, output_tile, tile_indices
+from .meeting import arrive, wait
+from .tiles import (
+    IS_BLOCKED,
+    IS_RESIDENT,
+    counter_of,
+    load_resident_weights,
+    locate,
+    output_tile,
+    tile_indices,
+)
 
 
 @triton.jit
@@ -135,6 +144,66 @@ def forward_streamed(
 
 
 @triton.jit
+def forward_split(
+    gates, h, c, w, out, counter, j, rows, bp,
+    P: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Chunk j of the hidden units; the other chunks' h_{t-1} come from the programs that have them.
+
+    One meeting a step, after h is stored, is enough for the two slots of inference too: who has met the others stores
+    over a slot that all of them have read. Between arriving and waiting comes what the others do not wait for.
+    """
+    HALF: tl.constexpr = P.block // 2  # with whole blocks the float32 kernel spills
+    r, u, n = tile_indices(P, R)
+    kb = tl.arange(0, HALF)
+    dtype = h.dtype.element_ty
+    slot = bp * P.padded
+    at = r * P.padded + j * P.units + u
+    gates_at = r * (4 * P.padded) + j * P.columns + n
+    w += j * (P.padded * P.columns)
+    w_tiles = ()
+    if P.mode != IS_BLOCKED:
+        for i in tl.static_range(len(P.pieces)):
+            k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])
+            w_tiles = w_tiles + (tl.load(w + k[:, None] * P.columns + n),)
+    h_tile = tl.full((R, P.units), 0, dtype)
+    c_tile = tl.full((R, P.units), 0, tl.float32)
+    tl.store(h + at, h_tile)
+    arrive(counter)
+    if STATES:
+        tl.store(c + at, c_tile)
+    x = tl.load(gates + gates_at)
+    for t in tl.range(P.steps, num_stages=1):
+        read = t % P.slots * slot
+        write = (t + 1) % P.slots * slot
+        a = x.to(tl.float32)
+        wait(counter, (t + 1) * P.parts)
+        if P.mode == IS_BLOCKED:
+            for k0 in tl.range(0, P.padded, HALF, num_stages=P.forward_depth):
+                h_piece = tl.load(h + read + r * P.padded + (k0 + kb)[None, :], cache_modifier=".cg")
+                w_tile = tl.load(w + (k0 + kb)[:, None] * P.columns + n)
+                a = tl.dot(h_piece, w_tile, a, input_precision="ieee")
+        else:
+            for i in tl.static_range(len(P.pieces)):
+                k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])
+                h_piece = tl.load(h + read + r * P.padded + k[None, :], cache_modifier=".cg")
+                a = tl.dot(h_piece, w_tiles[i], a, input_precision="ieee")
+        gi, gf, gg, go = activate(a, R, P.units)
+        c_tile = gf * c_tile + gi * gg
+        h_tile = (go * tanh(c_tile)).to(dtype)
+        tl.store(h + write + at, h_tile)
+        arrive(counter)
+        if STATES:
+            tl.store(c + write + at, c_tile)
+        if GATES:
+            tl.store(gates + gates_at, merge(gi, gf, gg, go, R, P.units).to(dtype))
+        gates += slot * 4
+        x = tl.load(gates + gates_at, mask=(t + 1 < P.steps) & (r >= 0), other=0)
+    at, inside = output_tile(j, rows, P, R)
+    tl.store(out + at, h_tile, mask=inside)
+
+
+@triton.jit
 def forward_group(
     gates,
     h,
@@ -148,7 +217,7 @@ def forward_group(
     R: tl.constexpr,
 ):
     """Runs the program if its group belongs to stage P."""
-    g, row, bp = locate(batch, P, R)
+    g, row, part, bp = locate(batch, P, R)
     if (g >= 0) & (g < P.groups):
         gates += bp * P.gates_at + (g * P.steps * bp + row) * (4 * P.padded)
         h += bp * P.states_at + (g * P.slots * bp + row) * P.padded
@@ -156,7 +225,10 @@ def forward_group(
         w = packed + P.hidden_weights_at + g * (4 * P.padded * P.padded)
         out += row * P.outputs + P.column + g * P.hidden
         rows = batch - row
-        if P.mode == IS_RESIDENT:
+        if P.parts > 1:
+            counter = counter_of(packed, g, row, bp, P, False, R)
+            forward_split(gates, h, c, w, out, counter, part, rows, bp, P=P, STATES=STATES, GATES=GATES, R=R)
+        elif P.mode == IS_RESIDENT:
             forward_resident(gates, h, c, w, out, rows, bp, P=P, STATES=STATES, GATES=GATES, R=R)
         else:
             forward_streamed(gates, h, c, w, out, rows, bp, P=P, STATES=STATES, GATES=GATES, R=R)

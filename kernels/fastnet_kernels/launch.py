@@ -5,6 +5,8 @@ Works on GPU tensors, and on CPU tensors in Triton's interpreter. Legend in plan
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,11 +16,13 @@ from torch import Tensor
 
 from . import fused_backward, fused_forward, gemm, packing
 from .naive import Stage, Weights
-from .plan import BATCH_TILE, Plan, padded_batch, plans_for, sizes
+from .plan import BATCH_TILE, Plan, is_split, padded_batch, plans_for, programs, sizes
 
 PACK_INPUTS = 32  # inputs in a tile of packing and unpacking
 _PARTS = 16  # at most so many partial sums of a weight gradient, each over at least so many rows:
 _PART_ROWS = 1024
+
+_said = False
 
 
 def gemm_tiles(dtype: torch.dtype) -> dict[str, int]:
@@ -35,10 +39,13 @@ def weight_gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
     )
 
 
-def recurrent_options(dtype: torch.dtype, *, forward: bool) -> dict[str, int]:
-    """Warps, and registers per thread: the compiler left alone takes more or spills a few to stay at 128."""
-    registers = 255 if dtype == torch.float32 else 128 if forward else 168
-    return {"num_warps": 4, "maxnreg": registers}
+def recurrent_options(dtype: torch.dtype, *, forward: bool, split: bool) -> dict[str, Any]:
+    """Warps, registers per thread (the compiler left alone takes more or spills a few to stay at 128), kind of launch.
+
+    Split kernels hold their part of W_hh in registers, and need all programs on the GPU at once.
+    """
+    registers = 255 if split or dtype == torch.float32 else 128 if forward else 168
+    return {"num_warps": 4, "maxnreg": registers, "launch_cooperative_grid": split}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
@@ -72,6 +79,8 @@ def forward(
     h = x.new_empty(size.states)
     c = x.new_empty(size.states, dtype=torch.float32)
     keep_gates = save and not recompute
+    if is_split(plans):
+        _say_split(plans, batch)
     with on_device(x):
         packed = pack(weights, plans, x.dtype)
         _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=False)
@@ -109,9 +118,9 @@ def backward(
             gates = x.new_empty(size.gates)
             _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=True)
         dgates = torch.empty_like(gates)
-        dh, dc = (x.new_empty(size.carry, dtype=torch.float32) for _ in range(2))
+        carry = x.new_empty(size.carry, dtype=torch.float32)
         recurrent_backward(
-            plans, gates=gates, c=c, packed=packed, dout=dout.contiguous(), dgates=dgates, dh=dh, dc=dc
+            plans, gates=gates, c=c, packed=packed, dout=dout.contiguous(), dgates=dgates, carry=carry
         )
         d_weights = _weight_gradients(features, weights, plans, h=h, dgates=dgates)
         d_features = _input_gradients(features, plans, packed=packed, dgates=dgates) if needs_dx else []
@@ -171,7 +180,7 @@ def recurrent_forward(
         STATES=states,
         GATES=keep_gates,
         R=BATCH_TILE,
-        **recurrent_options(h.dtype, forward=True),
+        **recurrent_options(h.dtype, forward=True, split=is_split(plans)),
     )
 
 
@@ -183,8 +192,7 @@ def recurrent_backward(
     packed: Tensor,
     dout: Tensor,
     dgates: Tensor,
-    dh: Tensor,
-    dc: Tensor,
+    carry: Tensor,
 ) -> None:
     batch = dout.shape[0]
     fused_backward.backward_kernel[_recurrent_grid(plans, batch)](
@@ -193,17 +201,24 @@ def recurrent_backward(
         packed=packed,
         dout=dout,
         dgates=dgates,
-        dh=dh,
-        dc=dc,
+        carry=carry,
         batch=batch,
         PLANS=plans,
         R=BATCH_TILE,
-        **recurrent_options(gates.dtype, forward=False),
+        **recurrent_options(gates.dtype, forward=False, split=is_split(plans)),
     )
 
 
+def _say_split(plans: Sequence[Plan], batch: int) -> None:
+    global _said
+    if not _said and os.environ.get("RANK", "0") == "0":
+        _said = True
+        parts = ", ".join(f"{p.parts} for {p.hidden} units" for p in plans)
+        print(f"channel-group LSTM: batches of {batch} split over programs ({parts})", file=sys.stderr)
+
+
 def _recurrent_grid(plans: Sequence[Plan], batch: int) -> tuple[int]:
-    return (sum(p.groups for p in plans) * (padded_batch(batch) // BATCH_TILE),)
+    return (programs(plans) * (padded_batch(batch) // BATCH_TILE),)
 
 
 def _blocks(size: int, block: int) -> int:

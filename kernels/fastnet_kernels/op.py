@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .naive import Stage, Weights, naive
-from .plan import architecture, padded_batch, plans_for, sizes
+from .plan import architecture, padded_batch, plan, sizes
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -223,7 +223,9 @@ def _(
     features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, batch = features[0], features[0].shape[0]
-    plans = plans_for(x, _stages(stages), save=save)
+    plans = plan(
+        _stages(stages), x.dtype, architecture(x.device), save=save
+    )  # split or not: all the same here
     size = sizes(plans, padded_batch(batch))
     return (
         x.new_empty(batch, plans[0].outputs),

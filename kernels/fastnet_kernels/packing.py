@@ -10,6 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .plan import COUNTER_ELEMENTS
+
+COUNTERS = tl.constexpr(COUNTER_ELEMENTS)
+
 
 @triton.jit
 def gate_rows(j, P: tl.constexpr):
@@ -43,8 +47,11 @@ def pack_tile(pid, ih, hh, packed, P: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def pack_kernel(ih, hh, packed, PLANS: tl.constexpr, BK: tl.constexpr):
-    """Grid: per stage K blocks x chunks x groups x (W_hh, W_ih)."""
+    """Grid: per stage K blocks x chunks x groups x (W_hh, W_ih). Zeroes the counters behind the weights too."""
     pid = tl.program_id(0)
+    if pid == 0:
+        counters = packed + PLANS[0].counters_at + tl.arange(0, COUNTERS)
+        tl.store(counters, tl.full((COUNTERS,), 0, packed.dtype.element_ty))
     for s in tl.static_range(len(PLANS)):
         count = (PLANS[s].padded + BK - 1) // BK * (PLANS[s].chunks * PLANS[s].groups * 2)
         if (pid >= 0) & (pid < count):

@@ -22,6 +22,16 @@ BATCH_TILE = 16  # rows of the batch per program, the M of one tensor-core instr
 # once; or in blocks of K as well, for what a chunk's columns do not fit (large H, float32).
 RESIDENT, STREAMED, BLOCKED = 0, 1, 2
 
+# Where the batch is small, STREAMED and BLOCKED leave most of the GPU idle. Then a group's hidden units are split: a
+# program for each chunk, which keeps its columns of W_hh in shared memory over all steps (STREAMED) or reads them
+# every step (BLOCKED), and meets the others of its group and rows once a step (see meeting.py).
+# A program of such a launch has 128 threads of up to 255 registers and, at most:
+SPLIT_SHARED_KB = 80
+MEETINGS = 64  # (group, batch tile) pairs that there are counters for, forward and backward each
+COUNTER_STRIDE = 32  # int32: each has a cache line to itself
+# Room for them among elements of 16 bits, and more than that among float32.
+COUNTER_ELEMENTS = 2 * MEETINGS * COUNTER_STRIDE * 2
+
 
 class Tile(NamedTuple):
     """A row of the launch table: it serves hidden sizes up to `upto`."""
@@ -69,6 +79,7 @@ class Plan(NamedTuple):
     steps: int
     hidden: int
     mode: int
+    parts: int  # programs that a group's units are split over: C, or 1
     units: int
     chunks: int
     padded: int  # Hp
@@ -80,27 +91,38 @@ class Plan(NamedTuple):
     wide: tuple[tuple[int, int], ...]  # the same for the N = H of the backward dots, at least a chunk wide
     positions: int  # of the map in a tile of a GEMM's result
     slots: int  # of h and c: T + 1 where backward needs them, else 2
-    first_group: int
+    first_program: int  # programs per batch tile before this stage's
+    first_meeting: int  # groups before this stage's that are split
     gates_at: int  # elements per row of the batch before this stage's gates [G, T, Bp, 4*Hp]
     states_at: int  # the same for h and c [G, slots, Bp, Hp]
     hidden_weights_at: int  # elements before this stage's packed W_hh [G, C, Hp, N]
     input_weights_at: int  # and before its packed W_ih [G, S, 4*Hp]
+    counters_at: int  # and behind all stages' packed weights: counters [2, MEETINGS, COUNTER_STRIDE] int32
     partial_at: int  # elements per part before the partial sums of this stage's weight gradients, see gemm.py
-    carry_at: int  # elements per row before backward's dh and dc [G, Bp, Hp]; none if RESIDENT
+    carry_at: int  # elements per row before what backward carries from step to step, see _carried
     column: int  # of the output
     outputs: int  # columns of the output
 
 
 def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
-    """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB)."""
-    table = _FLOAT32 if dtype == torch.float32 else LAUNCH.get(arch, _SMALL_SHARED)
-    return _plan(tuple(stages), table, save)
+    """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB), none split."""
+    return _plan(tuple(stages), _table(dtype, arch), save, False)
+
+
+def split_plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
+    """The same, every stage split that has more than one chunk and is not RESIDENT. Of the buffers only what backward
+    carries differs, so that who allocates the others need not know."""
+    return _plan(tuple(stages), _table(dtype, arch), save, True)
+
+
+def _table(dtype: torch.dtype, arch: int) -> tuple[Tile, ...]:
+    return _FLOAT32 if dtype == torch.float32 else LAUNCH.get(arch, _SMALL_SHARED)
 
 
 @cache
-def _plan(stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool) -> tuple[Plan, ...]:
+def _plan(stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool, split: bool) -> tuple[Plan, ...]:
     plans: list[Plan] = []
-    group = gates = states = weights = partial = carry = column = 0
+    program = meeting = gates = states = weights = partial = carry = column = 0
     outputs = sum(s.groups * s.hidden for s in stages)
     for groups, steps, hidden in stages:
         tile = next(row for row in table if hidden <= row.upto)
@@ -108,12 +130,14 @@ def _plan(stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool) -> tup
         if tile.mode == BLOCKED:  # a whole number of blocks
             chunks += -chunks % (tile.block // tile.units)
         padded, slots = chunks * tile.units, steps + 1 if save else 2
+        parts = chunks if split and tile.mode != RESIDENT else 1
         plans.append(
             Plan(
                 groups=groups,
                 steps=steps,
                 hidden=hidden,
                 mode=tile.mode,
+                parts=parts,
                 units=tile.units,
                 chunks=chunks,
                 padded=padded,
@@ -125,35 +149,83 @@ def _plan(stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool) -> tup
                 wide=_powers_of_two(hidden, tile.units),
                 positions=min(64, 1 << (max(hidden, 16) - 1).bit_length()),
                 slots=slots,
-                first_group=group,
+                first_program=program,
+                first_meeting=meeting,
                 gates_at=gates,
                 states_at=states,
                 hidden_weights_at=weights,
                 input_weights_at=weights + groups * 4 * padded**2,
+                counters_at=0,
                 partial_at=partial,
                 carry_at=carry,
                 column=column,
                 outputs=outputs,
             )
         )
-        group += groups
+        program += groups * parts
+        meeting += groups if parts > 1 else 0
         gates += groups * steps * 4 * padded
         states += groups * slots * padded
         weights += groups * 4 * padded * (padded + hidden)
         partial += groups * 4 * padded * (2 * hidden + 1)
-        carry += 0 if tile.mode == RESIDENT else groups * padded
+        carry += _carried(plans[-1])
         column += groups * hidden
-    return tuple(plans)
+    return tuple(p._replace(counters_at=weights) for p in plans)
+
+
+def _carried(p: Plan) -> int:
+    """Elements per row of what backward carries from step to step through memory.
+
+    Split: two halves used in turn of [G, tiles, C, BATCH_TILE, Hp], the parts' sums of dh. Else dh and dc, each
+    [G, Bp, Hp], but for RESIDENT.
+    """
+    if p.mode == RESIDENT:
+        return 0
+    return 2 * p.groups * p.padded * p.parts
+
+
+@cache
+def _decided(
+    stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, save: bool, tiles: int, processors: int
+) -> tuple[Plan, ...]:
+    split = split_plan(stages, dtype, arch, save=save)
+    meetings = sum(p.groups for p in split if p.parts > 1) * tiles
+    fits = programs(split) * tiles <= programs_per_sm(arch) * processors and meetings <= MEETINGS
+    return split if meetings and fits else plan(stages, dtype, arch, save=save)
+
+
+def programs_per_sm(arch: int) -> int:
+    """Programs of a launch with split stages that a multiprocessor holds at once.
+
+    Two by their registers; the shared memory of a multiprocessor is 1 KB more than a block may have, and each block
+    takes 1 KB besides its own (CUDA C++ Programming Guide, compute capabilities).
+    """
+    return min(2, (SHARED_KB.get(arch, 99) + 1) // (SPLIT_SHARED_KB + 1))
+
+
+def programs(plans: Sequence[Plan]) -> int:
+    """Of a recurrent launch, per tile of the batch."""
+    return sum(p.groups * p.parts for p in plans)
+
+
+def is_split(plans: Sequence[Plan]) -> bool:
+    return any(p.parts > 1 for p in plans)
 
 
 def architecture(device: torch.device) -> int:
     """10 * major + minor of a GPU; 80 where there is none (interpreter, fake tensors)."""
-    if device.type != "cuda":
-        return 80
-    index = device.index
-    if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    return _capability(index)
+    return _capability(_index(device)) if device.type == "cuda" else 80
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU, or of the part of it that this process has; 0 where there is none."""
+    return _multiprocessors(_index(device)) if device.type == "cuda" else 0
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 @cache
@@ -164,8 +236,15 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
+@cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 0
+
+
 def plans_for(x: Tensor, stages: Sequence[Stage], *, save: bool) -> tuple[Plan, ...]:
-    return plan(stages, x.dtype, architecture(x.device), save=save)
+    """The plans for a feature map of a call: split where all programs of a launch fit x's GPU together."""
+    device, tiles = x.device, padded_batch(x.shape[0]) // BATCH_TILE
+    return _decided(tuple(stages), x.dtype, architecture(device), save, tiles, multiprocessors(device))
 
 
 def _powers_of_two(size: int, least: int) -> tuple[tuple[int, int], ...]:
@@ -183,7 +262,8 @@ def padded_batch(batch: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """Elements of a call's buffers: gates, h and c each, packed weights, one part's partial sums, dh and dc each."""
+    """Elements of a call's buffers: gates, h and c each, packed weights and counters, one part's partial sums, what
+    backward carries."""
 
     gates: int
     states: int
@@ -197,7 +277,7 @@ def sizes(plans: Sequence[Plan], bp: int) -> Sizes:
     return Sizes(
         gates=bp * (p.gates_at + p.groups * p.steps * 4 * p.padded),
         states=bp * (p.states_at + p.groups * p.slots * p.padded),
-        weights=p.input_weights_at + p.groups * p.hidden * 4 * p.padded,
+        weights=p.counters_at + COUNTER_ELEMENTS,
         partial=p.partial_at + p.groups * 4 * p.padded * (2 * p.hidden + 1),
-        carry=bp * (p.carry_at + (0 if p.mode == RESIDENT else p.groups * p.padded)),
+        carry=bp * (p.carry_at + _carried(p)),
     )

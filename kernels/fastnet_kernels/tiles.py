@@ -7,18 +7,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .plan import BLOCKED, RESIDENT
+from .plan import BLOCKED, COUNTER_STRIDE, MEETINGS, RESIDENT
 
 IS_RESIDENT = tl.constexpr(RESIDENT)
 IS_BLOCKED = tl.constexpr(BLOCKED)
+MOST_MEETINGS = tl.constexpr(MEETINGS)
+STRIDE = tl.constexpr(COUNTER_STRIDE)
 
 
 @triton.jit
 def locate(batch, P: tl.constexpr, R: tl.constexpr):
-    """This program's group within stage P (outside 0..G-1 if it belongs to another), its first row, and Bp."""
+    """This program's group within stage P (outside 0..G-1 if it belongs to another), first row, part, and Bp."""
     tiles = (batch + R - 1) // R
-    group = (tl.program_id(0) // tiles).to(tl.int64) - P.first_group
-    return group, (tl.program_id(0) % tiles).to(tl.int64) * R, tiles.to(tl.int64) * R
+    program = tl.program_id(0) - P.first_program * tiles
+    row = program // P.parts % tiles * R
+    group = tl.where(program < 0, -1, program // (P.parts * tiles))  # // alone rounds towards zero
+    return group.to(tl.int64), row.to(tl.int64), program % P.parts, tiles.to(tl.int64) * R
+
+
+@triton.jit
+def counter_of(packed, g, row, bp, P: tl.constexpr, BACKWARD: tl.constexpr, R: tl.constexpr):
+    """The counter at which the programs of group g and the rows from `row` on meet (see meeting.py)."""
+    meeting = ((P.first_meeting + g) * bp + row) // R
+    counters = (packed + P.counters_at).to(tl.pointer_type(tl.int32), bitcast=True)
+    return counters + ((MOST_MEETINGS if BACKWARD else 0) + meeting) * STRIDE
 
 
 @triton.jit

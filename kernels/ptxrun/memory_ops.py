@@ -43,6 +43,7 @@ def synchroniser(o: Operands, ins: Instr) -> Callable[[np.ndarray, Lanes], None]
         return None
 
     def synchronise(a: np.ndarray, lanes: Lanes) -> None:
+        a = np.unique(a)
         if len(a) <= 4:
             o.run.order.synchronise(o.g.cta, a.tolist(), o.g.warp[lanes].tolist(), acquire, release)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -45,7 +46,7 @@ def run_triton(
     max_steps: int = MAX_STEPS,
     **kwargs: Any,
 ) -> Stats:
-    """Specialise, compile and run fn as fn[grid](*args, **kwargs) would.
+    """Specialise, compile and run fn as fn[grid](*args, **kwargs) would; of a cooperative launch all CTAs are resident.
 
     Arrays may be NumPy (uint16 is bfloat16) or torch CPU tensors. The Stats also carry .ptx and .metadata.
     """
@@ -61,16 +62,17 @@ def run_triton(
     options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, special, chosen)
     out = triton.compile(ASTSource(fn, signature, constexprs, attrs), target=SM80, options=options.__dict__)
     given, meta = launch_arguments(signature, bound), out.metadata
+    sizes = grid(bound) if callable(grid) else grid
     stats = launch(
         out.asm["ptx"],
-        grid(bound) if callable(grid) else grid,
+        sizes,
         list(given.values()),
         meta.num_warps,
         meta.shared,
         schedule=schedule,
         seed=seed,
         check_uninit=check_uninit,
-        resident=resident,
+        resident=math.prod(sizes) if meta.launch_cooperative_grid else resident,
         names=list(given),
         max_steps=max_steps,
         scratch_bytes=meta.global_scratch_size,

@@ -58,7 +58,7 @@ def test_packing(hidden: int) -> None:
     packed = interpreted().pack(weights, plans, torch.float32)
     p, w, end = plans[1], weights[1], plans[1].hidden_weights_at
     hh = packed[end : p.input_weights_at].view(2, p.chunks, p.padded, 4, p.units)
-    ih = packed[p.input_weights_at :].view(2, hidden, p.chunks, 4, p.units)
+    ih = packed[p.input_weights_at : p.counters_at].view(2, hidden, p.chunks, 4, p.units)
     assert torch.equal(ih, packed_columns(w.ih, p))
     assert torch.equal(hh[:, :, :hidden].transpose(1, 2), packed_columns(w.hh, p))
     assert not hh[:, :, hidden:].any()

@@ -13,7 +13,16 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from fastnet_kernels import Stage, fused_backward, fused_forward, gemm, launch, packing
-from fastnet_kernels.plan import BATCH_TILE, LAUNCH, SHARED_KB, Plan, plan
+from fastnet_kernels.plan import (
+    BATCH_TILE,
+    LAUNCH,
+    SHARED_KB,
+    SPLIT_SHARED_KB,
+    Plan,
+    plan,
+    programs_per_sm,
+    split_plan,
+)
 from ptxrun import Resources, cross_compile
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -23,29 +32,30 @@ ARCHS = [pytest.param(arch, marks=() if arch == 80 else pytest.mark.slow) for ar
 OTHERS = (Stage(1, 8, 16), Stage(1, 8, 256), Stage(1, 8, 1024))
 
 
-def plans(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> tuple[Plan, ...]:
-    return plan(stages, dtype, arch, save=True)
+def plans(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, split: bool = False) -> tuple[Plan, ...]:
+    return (split_plan if split else plan)(stages, dtype, arch, save=True)
 
 
 @cache
-def forward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
+def forward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, split: bool = False) -> Resources:
+    constants = {"STATES": True, "GATES": True, "R": BATCH_TILE}
     return cross_compile(
         fused_forward.forward_kernel,
         arch,
         {"gates": dtype, "h": dtype, "c": FP32, "packed": dtype, "out": dtype},
-        {"PLANS": plans(stages, dtype, arch), "STATES": True, "GATES": True, "R": BATCH_TILE},
-        **launch.recurrent_options(dtype, forward=True),
+        {"PLANS": plans(stages, dtype, arch, split), **constants},
+        **launch.recurrent_options(dtype, forward=True, split=split),
     )
 
 
 @cache
-def backward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int) -> Resources:
+def backward(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, split: bool = False) -> Resources:
     return cross_compile(
         fused_backward.backward_kernel,
         arch,
-        dict.fromkeys(("gates", "packed", "dout", "dgates"), dtype) | dict.fromkeys(("c", "dh", "dc"), FP32),
-        {"PLANS": plans(stages, dtype, arch), "R": BATCH_TILE},
-        **launch.recurrent_options(dtype, forward=False),
+        dict.fromkeys(("gates", "packed", "dout", "dgates"), dtype) | dict.fromkeys(("c", "carry"), FP32),
+        {"PLANS": plans(stages, dtype, arch, split), "R": BATCH_TILE},
+        **launch.recurrent_options(dtype, forward=False, split=split),
     )
 
 
@@ -70,6 +80,43 @@ def test_network_of_the_paper(arch: int) -> None:
     # only narrower copies are the resident stage's gates, a quarter chunk wide.
     assert set(re.findall(r"LDGSTS\.\S+", f.sass)) == {"LDGSTS.E.BYPASS.128"}
     assert set(re.findall(r"LDGSTS\.\S+", b.sass)) <= {"LDGSTS.E.BYPASS.128", "LDGSTS.E.64"}
+
+
+def assert_resident(r: Resources, arch: int) -> None:
+    """As many programs as the plan counts on fit a multiprocessor: 64 K registers, given out 8 a thread at a time."""
+    assert_launchable(r, arch)
+    assert r.shared <= SPLIT_SHARED_KB * 1024
+    together = programs_per_sm(arch)
+    assert together * 128 * (-(-r.registers // 8) * 8) <= 65536
+    assert together * (r.shared + 1024) <= (SHARED_KB[arch] + 1) * 1024
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_split_network_of_the_paper(arch: int) -> None:
+    f, b = forward(PAPER, BF16, arch, split=True), backward(PAPER, BF16, arch, split=True)
+    for r in (f, b):
+        assert_resident(r, arch)
+    # Per warp: one chunk of the 7 that a streamed program takes one after the other, and the step of H = 49.
+    assert f.count("HMMA.16816") == 52 + 32 and b.count("HMMA.16816") == 56 + 32
+    # Whatever is read from global memory, but the counter, comes 16 bytes at a time.
+    narrow = [load for load in re.findall(r"LDG\.\S+", f.sass) if ".128" not in load]
+    assert set(narrow) == {"LDG.E.STRONG.GPU"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [(Stage(1, 8, 256),), OTHERS], ids=["256", "others"])
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_split(arch: int, stages: tuple[Stage, ...]) -> None:
+    assert_resident(forward(stages, BF16, arch, split=True), arch)
+    assert_resident(backward(stages, BF16, arch, split=True), arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LAUNCH)
+def test_split_float32(arch: int) -> None:
+    stages = (Stage(1, 8, 16), Stage(1, 8, 784))
+    assert_resident(forward(stages, FP32, arch, split=True), arch)
+    assert_resident(backward(stages, FP32, arch, split=True), arch)
 
 
 @pytest.mark.slow

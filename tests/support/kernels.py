@@ -22,6 +22,7 @@ KERNEL_MODULES = (
     "gates",
     "packing",
     "gemm",
+    "meeting",
     "tiles",
     "fused_forward",
     "fused_backward",
@@ -94,6 +95,12 @@ def executed(launch: ModuleType = launch, **options: Any) -> AbstractContextMana
     """Within the block the launch module's kernels run their compiled PTX on the CPU."""
     modules = (launch.packing, launch.gemm, launch.fused_forward, launch.fused_backward)
     return execute_ptx(*modules, **options)
+
+
+def on_multiprocessors(launch: ModuleType, count: int, patch: pytest.MonkeyPatch) -> None:
+    """The launch module decides as on a GPU of so many multiprocessors (sm_80), though its tensors are on the CPU."""
+    plan = sys.modules[launch.plans_for.__module__]
+    patch.setattr(plan, "multiprocessors", lambda device: count)
 
 
 class Failure(NamedTuple):
