@@ -16,15 +16,23 @@ import pytest
 import torch
 
 import fastnet_kernels
-from fastnet_kernels import ChannelGroupLSTM, naive
-from ptxrun import MemoryFault
-from tests.support.kernels import KERNEL_MODULES, executed, failures, feature_maps, interpreted
+from fastnet_kernels import ChannelGroupLSTM, Stage, naive
+from fastnet_kernels.plan import padded_batch, sizes, split_plan
+from ptxrun import MemoryFault, PtxError
+from tests.support.kernels import (
+    KERNEL_MODULES,
+    executed,
+    failures,
+    feature_maps,
+    interpreted,
+)
 
 SOURCE = Path(fastnet_kernels.__file__).parent
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # NaN and overflow on the way to being caught
 
+BOTH = {"forward_kernel", "backward_kernel"}
 Change = tuple[str, Callable[[ast.Module], None]]  # a module and what to do to it
 
 
@@ -134,6 +142,42 @@ def remove_barrier(tree: ast.Module) -> None:
     become(calls(tree, "backward_streamed", "tl.debug_barrier")[1], "None")
 
 
+def remove_wait(of: str) -> Callable[[ast.Module], None]:
+    """Programs that share a group go on without the others."""
+
+    def change(tree: ast.Module) -> None:
+        become(calls(tree, of, "wait")[0], "None")
+
+    return change
+
+
+def relax_arrival(tree: ast.Module) -> None:
+    """The addition to the counter does not release what was stored before it."""
+    (addition,) = calls(tree, "arrive", "tl.atomic_add")
+    become(addition, ast.unparse(addition).replace("release", "relaxed"))
+
+
+def relax_wait(tree: ast.Module) -> None:
+    """Reading the counter does not acquire what was released."""
+    (read,) = calls(tree, "wait", "tl.inline_asm_elementwise")
+    become(read.args[0], ast.unparse(read.args[0]).replace("acquire", "relaxed"))
+
+
+def arrive_before_all_have_stored(tree: ast.Module) -> None:
+    become(calls(tree, "arrive", "tl.debug_barrier")[0], "None")
+
+
+def reset_early(tree: ast.Module) -> None:
+    """Every program that leaves zeroes the counter, and not the last one."""
+    (branch,) = (node for node in within(tree, "leave") if isinstance(node, ast.If))
+    assert isinstance(branch.test, ast.Compare)
+    become(branch.test, ast.unparse(branch.test).replace("== arrivals - 1", ">= 0"))
+
+
+def never_reset(tree: ast.Module) -> None:
+    become(calls(tree, "leave", "tl.atomic_xchg")[0], "None")
+
+
 @pytest.mark.parametrize(
     ("stages", "change"),
     [
@@ -200,3 +244,46 @@ def test_races(
         failures(launch, [(1, 3, 68)], 2, torch.bfloat16)
     racing = {name for name, kernel_runs in runs.items() for stats in kernel_runs if stats.races}
     assert racing == ({kernel} if kernel else set())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "caught"),
+    [
+        pytest.param(None, set(), id="unchanged"),
+        pytest.param(("fused_forward", remove_wait("forward_split")), {"forward_kernel"}, id="no-meeting"),
+        pytest.param(
+            ("fused_backward", remove_wait("backward_split")), {"backward_kernel"}, id="no-meeting-backward"
+        ),
+        pytest.param(("meeting", relax_arrival), BOTH, id="arrival-not-released"),
+        pytest.param(("meeting", relax_wait), BOTH, id="wait-does-not-acquire"),
+        pytest.param(("meeting", arrive_before_all_have_stored), BOTH, id="no-barrier-before-arrival"),
+        pytest.param(("meeting", reset_early), {"hang"}, id="reset-early"),
+        pytest.param(("meeting", never_reset), {"backward_kernel"}, id="never-reset"),
+    ],
+)
+def test_meetings(
+    change: Change | None, caught: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutants of what split programs do to wait for each other: races between programs, or a wait without end."""
+    launch = mutant(tmp_path, monkeypatch, change)
+    batch, plans = 2, split_plan([Stage(1, 3, 68)], torch.bfloat16, 80, save=True)
+    size = sizes(plans, padded_batch(batch))
+    gates, dgates, h = (torch.randn(n).bfloat16() for n in (size.gates, size.gates, size.states))
+    packed, out = torch.zeros(size.weights).bfloat16(), torch.zeros(batch, 68).bfloat16()
+    c, carry = torch.zeros(size.states), torch.zeros(size.carry)
+    found = set()
+    with executed(launch, schedule="random", seed=1, max_steps=5_000) as runs:
+        launch.recurrent_forward(
+            plans, gates=gates, h=h, c=c, packed=packed, out=out, states=True, keep_gates=True
+        )
+        try:
+            for _ in range(2):  # the second finds the counters as the first has left them
+                launch.recurrent_backward(
+                    plans, gates=gates, c=c, packed=packed, dout=out, dgates=dgates, carry=carry
+                )
+        except PtxError as error:
+            assert "without ending" in str(error)
+            found.add("hang")
+    found |= {name for name, kernel_runs in runs.items() for stats in kernel_runs if stats.cta_races}
+    assert found == caught
