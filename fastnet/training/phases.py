@@ -117,8 +117,13 @@ def _apex_optimizer(phase: Phase, groups: list[dict], config: Config) -> torch.o
         )
     except ImportError as error:
         raise InputError(f"--apex: NVIDIA Apex is not installed ({error}); leave the flag out") from error
-    if not torch.cuda.is_available():
+    if not groups[0]["params"][0].is_cuda:
         raise InputError("--apex: NVIDIA Apex needs a GPU; leave the flag out")
-    if phase.optimizer == "sgd":
-        return FusedSGD(groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    return FusedAdam(groups, lr=phase.peak_lr, adam_w_mode=True)
+    try:
+        if phase.optimizer == "sgd":
+            return FusedSGD(groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0)
+        return FusedAdam(groups, lr=phase.peak_lr, adam_w_mode=True)
+    except RuntimeError as error:  # built without its CUDA extension
+        raise InputError(
+            f"--apex: {error}; build Apex with APEX_CUDA_EXT=1, or leave the flag out"
+        ) from error

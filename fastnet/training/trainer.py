@@ -165,7 +165,7 @@ class Trainer:
         with span("optimizer", runtime.device):
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()  # to none; Apex's FusedSGD takes no argument
         self.stopwatch.step()
         state.step_in_epoch += 1
         state.step += 1

@@ -60,6 +60,7 @@ def load(devices: int = 1, capability: int = 80, memory_mb: int = 81920) -> ctyp
     _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     _library.softgpu_configure(devices, capability, ctypes.c_size_t(memory_mb << 20))
     _library.softgpu_capturing.restype = ctypes.c_long
+    _library.softgpu_count_kernel.argtypes = [ctypes.c_void_p]
     return _library
 
 

@@ -16,12 +16,17 @@ import torch
 from triton import knobs
 
 import softgpu
+from fastnet.config import paper
+from fastnet.network.network import Network
 from fastnet.training.evaluation import evaluate
+from fastnet.training.capture import CapturedStep
+from fastnet.training.step import TrainStep
 from fastnet.training.trainer import Trainer
 from tests.kernels.test_gpu import (
     test_one_binary_for_every_batch_size as test_one_binary_for_every_batch_size,
 )
 from tests.softgpu.trainers import begin, tiny_trainer
+from tests.support import apex
 
 BUDGETS = Path(__file__).parents[1] / "budgets.json"
 STEPS_BEFORE = (
@@ -58,6 +63,29 @@ def test_a_step_keeps_its_budget(network: str, dtype: torch.dtype, tiny_set: Pat
     assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"
 
 
+@pytest.mark.parametrize(("kind", "torchs", "apexs"), [("sgd", 2, 2), ("adamw", 4, 3)])
+def test_launches_of_the_optimisers(kind: str, torchs: int, apexs: int) -> None:
+    """In docs/operations.md. Apex's by the rule of its source, as NVIDIA's kernels cannot be launched here."""
+    network = Network(paper("baseline"), 200).cuda()
+    plain = [p for p in network.parameters() if p.ndim == 1]
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    momentum = {"momentum": 0.9, "nesterov": True} if kind == "sgd" else {}
+    classes: dict[str, tuple[Any, Any]] = {
+        "sgd": (torch.optim.SGD, apex.FusedSGD),
+        "adamw": (torch.optim.AdamW, apex.FusedAdam),
+    }
+    (torch_class, apex_class), groups = classes[kind], [{"params": decayed}, {"params": plain}]
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    fused = torch_class(groups, lr=0.1, fused=True, **momentum)
+    fused.step()
+    with softgpu.watch() as seen:
+        fused.step()
+    before = apex.launches
+    apex_class(groups, lr=0.1, **momentum).step()
+    assert (seen.counts["kernels"], apex.launches - before) == (torchs, apexs)
+
+
 def test_kernels_are_compiled_before_the_first_step(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,3 +104,26 @@ def test_kernels_are_compiled_before_the_first_step(
             trainer.train_step()
             evaluate(trainer.network, trainer.val_stream, trainer.runtime)
     assert not [name for name in seen if name != "images_kernel"], seen
+
+
+@pytest.mark.parametrize("decode", ["device", "gpu"])
+@pytest.mark.parametrize("network", ["baseline", "lstm"])
+def test_a_replayed_step_keeps_its_budget(network: str, decode: str, tiny_set: Path, tmp_path: Path) -> None:
+    found = {}
+    with tiny_trainer(network, "cuda", torch.bfloat16, tiny_set, tmp_path, decode=decode) as trainer:
+        for index, phase in enumerate(trainer.phases):
+            begin(trainer, index)
+            plain = trainer.step
+            assert isinstance(plain, TrainStep)
+            plain.batches = trainer.batches.fixed(torch.bfloat16)
+            for _ in range(STEPS_BEFORE):
+                plain()
+            trainer.step = CapturedStep(plain)
+            costs = step_costs(trainer)
+            with softgpu.watch() as seen:
+                trainer.train_step()
+            calls = {name: seen.counts[name] for name in ("events", "graph_launches", "d2d")}
+            found[phase.name] = {**costs, **calls}
+    print(found)
+    committed = json.loads(BUDGETS.read_text())["replayed"][network][decode]
+    assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"
