@@ -215,6 +215,30 @@ def unsupported(augment: Augment) -> str | None:
     return f"--erase {augment.erase}" if augment.erase else None
 
 
+def why_not_compiled(image_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Compiles the kernel ahead of its first launch; in one line why that is not possible."""
+    from fastnet_kernels import images, warmup
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    try:
+        with warmup.compiling():
+            images.make_batch(
+                images.Images(zeros(3, dtype=torch.uint8), zeros(1), zeros(1)),
+                zeros(1, 1, images.ROW, dtype=torch.int32),
+                zeros(1),
+                first=0,
+                count=1,
+                image_size=image_size,
+                dtype=dtype,
+                normalisation=images.Normalisation(MEAN, STD),
+            )
+    except warmup.CannotCompile as error:
+        return str(error)
+    return None
+
+
 def train_stream(
     split: Split, spec: InputSpec, augment: Augment, **options: int
 ) -> TrainStream | DeviceTrainStream:

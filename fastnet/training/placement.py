@@ -6,52 +6,58 @@ from collections.abc import Sequence
 
 import torch
 
-from fastnet.config import Augment
+from fastnet.config import Config
 from fastnet.data.prepared import Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.decoded import decoded_bytes, why_not_decoded
-from fastnet.input.device import unsupported
+from fastnet.input.device import unsupported, why_not_compiled
 from fastnet.input.graph import resolve_decode
 
 # How much of the free memory the set may take: where it is asked for, and where auto decides.
 ASKED, AUTO = 0.75, 0.25
 
 
-def place(choice: str, augment: Augment, splits: Sequence[Split], runtime: Runtime) -> dict[str, str]:
+def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str, str]:
     """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}, and for auto on a GPU
     why, as "decode_reason".
 
-    Collective where auto has a choice: all ranks decode in the same place, each with its own GPU's memory in mind.
-    Raises InputError where `choice` cannot be.
+    Collective where auto has a choice: all ranks decode in the same place, and each asks its own GPU.
+    Raises InputError where --decode cannot be.
     """
     device = runtime.device
-    if choice == "auto" and device.type == "cuda":
-        obstacle = _obstacle(augment, splits, device, AUTO)
-        for split in splits:
-            obstacle = obstacle or why_not_decoded(split)
-        obstacle = runtime.first_of(obstacle)
+    if config.decode == "auto" and device.type == "cuda":
+        obstacle = runtime.first_of(_obstacle(config, splits, runtime, AUTO))
         if obstacle:
             return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}
         return {"decode": "device", "decode_reason": f"the decoded set takes {_needed(splits, device)}"}
-    decode = resolve_decode(choice, device)
+    decode = resolve_decode(config.decode, device)
     if decode == "device":
-        obstacle = _obstacle(augment, splits, device, ASKED)
+        obstacle = _obstacle(config, splits, runtime, ASKED)
         if obstacle:
             raise InputError(f"--decode device: {obstacle}; use gpu, cpu, raw or auto")
     return {"decode": decode}
 
 
-def _obstacle(augment: Augment, splits: Sequence[Split], device: torch.device, share: float) -> str | None:
-    """Why the decoded splits cannot lie in the GPU's memory, within this share of what is free."""
-    lacking = unsupported(augment)
+def image_dtype(decode: str, runtime: Runtime) -> torch.dtype:
+    """The type of a batch: what the first convolution computes in, unless DALI makes it, which has no bfloat16."""
+    return runtime.amp or torch.float32 if decode == "device" else runtime.image_dtype
+
+
+def _obstacle(config: Config, splits: Sequence[Split], runtime: Runtime, share: float) -> str | None:
+    """Why the decoded splits cannot lie in this rank's GPU, within this share of its free memory, and be used there."""
+    device = runtime.device
+    lacking = unsupported(config.augment)
     if lacking:
         return f"the kernel has no {lacking}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU is older than compute capability 8.0"
     if _bytes(splits) > share * _free(device):
         return f"the decoded set takes {_needed(splits, device)}, over {share:.0%}"
-    return None
+    reasons = (why_not_decoded(split) for split in splits)
+    return next((reason for reason in reasons if reason), None) or why_not_compiled(
+        config.image_size, image_dtype("device", runtime), device
+    )
 
 
 def _needed(splits: Sequence[Split], device: torch.device) -> str:

@@ -16,7 +16,7 @@ from fastnet.input.graph import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
-from fastnet.training.placement import place
+from fastnet.training.placement import image_dtype, place
 from fastnet.training.state import TrainState
 
 
@@ -69,8 +69,8 @@ def open_streams(
     Adds to `chosen` where the images are decoded. Collective, before anything in it can fail on one rank alone.
     """
     train, val = data.splits["train"], data.splits["val"]
-    chosen |= place(config.decode, config.augment, (train, val), runtime)
-    dtype = runtime.amp or torch.float32 if chosen["decode"] == "device" else runtime.image_dtype
+    chosen |= place(config, (train, val), runtime)
+    dtype = image_dtype(chosen["decode"], runtime)
     spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], chosen["threads"])
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
     stream = train_stream(

@@ -49,7 +49,7 @@ def lstm(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_records(baseline: Path, lstm: Path) -> None:
-    for run, precision, decode in ((baseline, "float16", "gpu"), (lstm, "bfloat16", "raw")):
+    for run, precision, decode in ((baseline, "float16", "device"), (lstm, "bfloat16", "raw")):
         assert [(e["phase"], e["step"]) for e in events(run, "epoch")] == [("head", 5), ("full", 10)]
         assert all(e["val_count"] == 10 for e in events(run, "epoch"))
         manifest = (run / "manifest.json").read_text()
