@@ -130,6 +130,26 @@ def grid_barrier_kernel(X, Flag, Y, B: tl.constexpr):
 
 
 @triton.jit
+def polled_barrier_kernel(X, Flag, Y, B: tl.constexpr, ACQUIRE: tl.constexpr):
+    """The same, every thread reading the flag itself, so that no barrier is needed behind the wait."""
+    p, n, i = tl.program_id(0), tl.num_programs(0), tl.arange(0, B)
+    tl.store(X + p * B + i, i + p * B)
+    tl.debug_barrier()
+    tl.atomic_add(Flag, 1, sem="release")
+    seen = 0
+    while seen < n:
+        seen = tl.inline_asm_elementwise(
+            "ld." + ACQUIRE + ".gpu.global.s32 $0, [$1];",
+            "=r,l",
+            [Flag],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    tl.store(Y + p * B + i, tl.load(X + ((p + 1) % n) * B + i))
+
+
+@triton.jit
 def loops_kernel(X, Y, n, BLOCK: tl.constexpr):
     p, o = tl.program_id(0), tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -404,6 +424,20 @@ def test_programs_that_wait_for_each_other(schedule: str) -> None:
     assert torch.equal(y, torch.arange(512, dtype=torch.int32).roll(-128))
     with pytest.raises(PtxError, match="resident"):
         run(1, max_steps=2000)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("order", ["acquire", "relaxed"])
+def test_cooperative_launches(schedule: str, order: str) -> None:
+    """All programs are there at once without being told so; what was not acquired may not be read."""
+    x, y = torch.zeros(4 * 128, dtype=torch.int32), torch.zeros(4 * 128, dtype=torch.int32)
+    flag = torch.zeros(1, dtype=torch.int32)
+    st = run_triton(
+        polled_barrier_kernel, (4,), x, flag, y, B=128, ACQUIRE=order, schedule=schedule,
+        launch_cooperative_grid=True,
+    )  # fmt: skip
+    assert torch.equal(y, torch.arange(512, dtype=torch.int32).roll(-128)) and st.races == []
+    assert {r.array for r in st.cta_races} == (set() if order == "acquire" else {"X"})
 
 
 @SCHEDULES
