@@ -127,6 +127,13 @@ class Config:
         "arithmetic of the network; auto: bf16 or fp16 on a GPU, fp32 on the CPU",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
+    cuda_graph: str = _flag(
+        "auto",
+        "training",
+        "replay the training step as a CUDA graph; auto: on a GPU, if replays do what plain steps do",
+        choices=("auto", "on", "off"),
+    )
+    compile: bool = _flag(False, "training", "train through torch.compile")
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
     device: str = _flag("auto", "training", "where to train", choices=("auto", "cuda", "cpu"))
     deterministic: bool = _flag(

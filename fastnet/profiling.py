@@ -12,8 +12,10 @@ from fastnet.files import atomic_write
 
 
 def span(name: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """A named range for torch.profiler, and on a GPU for Nsight Systems as well."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
+    """A named range for torch.profiler, and on a GPU for Nsight Systems as well. None within torch.compile."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    if device.type == "cuda":
         return _cuda_span(name)
     return torch.profiler.record_function(name)
 

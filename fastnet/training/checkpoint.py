@@ -50,7 +50,7 @@ class Checkpoint:
 KEYS = {"format", *(field.name for field in fields(Checkpoint))}
 
 # Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
-# decoder, LSTM backend and threads change the last bits of the arithmetic, not what is computed.
+# decoder, LSTM backend, compiler and threads change the last bits of the arithmetic, not what is computed.
 MAY_CHANGE = {
     "max_steps",
     "checkpoint_every",
@@ -61,6 +61,8 @@ MAY_CHANGE = {
     "threads",
     "decode",
     "backend",
+    "cuda_graph",
+    "compile",
 }
 
 
@@ -225,8 +227,11 @@ def restore(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, saved: Checkpoint
 ) -> None:
     """Puts the checkpoint's state into the optimiser and loss scaler. Raises InputError if it does not fit."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved.optimizer or {})
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # set before each step; on a GPU it has to stay the tensor that it is
         if (
             saved.scaler
         ):  # empty if it was not fp16 until now: what --precision auto means depends on the device

@@ -29,6 +29,10 @@ class Stopwatch:
         self.times: list[float] = []
         self.step()
 
+    def waited(self, seconds: float) -> None:
+        """Adds a wait for data."""
+        self.waits.append(seconds)
+
     def step(self) -> None:
         """To be called after each step."""
         if self.device.type == "cuda":

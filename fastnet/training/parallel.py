@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,16 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.network.network import Network
 
 
-def data_parallel(network: Network, runtime: Runtime) -> nn.Module:
-    """`network` as the ranks train it together; itself where there is one rank. Wrap it anew for each phase."""
+def data_parallel(network: Network, runtime: Runtime, *, compiled: bool) -> nn.Module:
+    """`network` as the ranks train it together, through torch.compile if it is to be `compiled`. Wrap it anew for each
+    phase."""
+    inner: nn.Module = network
+    if compiled:
+        inner = cast(nn.Module, torch.compile(network, fullgraph=True))
     if runtime.world_size == 1:
-        return network
+        return inner
     model = DistributedDataParallel(
-        network,
+        inner,
         device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
         forward_sync_buffers=False,
         gradient_as_bucket_view=True,

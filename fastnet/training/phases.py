@@ -86,6 +86,8 @@ def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: 
 def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.optim.Optimizer:
     """The phase's fused optimiser, over the parameters that train. Biases and batch norms have no weight decay.
 
+    On a GPU the learning rate is a tensor there (float32, one for all groups); Apex reads it on the host.
+
     Raises InputError if --apex is given and NVIDIA Apex is not installed, or there is no GPU.
     """
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
@@ -97,16 +99,23 @@ def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.opti
     ]
     if config.apex:
         return _apex_optimizer(phase, groups, config)
+    optimizer: torch.optim.Optimizer
+    on_gpu = trained[0][1].is_cuda
     if phase.optimizer == "sgd":
-        sgd = torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups, lr=phase.peak_lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
         )
         # torch makes these uninitialised at the first step, and where the loss scaler has that step skipped (in fp16,
         # at a scale that is still too large) the second one would add what happened to lie in memory.
         for _, p in trained if config.momentum else ():
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return sgd
-    return torch.optim.AdamW(groups, lr=phase.peak_lr, fused=True)
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=phase.peak_lr, fused=True, capturable=on_gpu)
+    if on_gpu:
+        rate = torch.tensor(phase.peak_lr, device=trained[0][1].device)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return optimizer
 
 
 def _apex_optimizer(phase: Phase, groups: list[dict], config: Config) -> torch.optim.Optimizer:

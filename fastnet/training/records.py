@@ -107,10 +107,10 @@ def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: di
     _write(path, Manifest(config.to_json(), facts, sessions))
 
 
-def end_session(run_dir: Path, *, step: int, done: bool) -> None:
-    """Adds to manifest.json how the session ended; one that was killed has no such entry."""
+def add_to_session(run_dir: Path, **facts: Any) -> None:
+    """Adds facts to the last session in manifest.json."""
     manifest = read_manifest(run_dir)
-    manifest.sessions[-1] |= {"to_step": step, "done": done}
+    manifest.sessions[-1] |= facts
     _write(run_dir / "manifest.json", manifest)
 
 

@@ -29,7 +29,22 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "precision": str(dtype).removeprefix("torch."),
         "threads": config.threads or threads_per_rank(),
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
+        "cuda_graph": resolve_graph(config, runtime.device),
     }
+
+
+def resolve_graph(config: Config, device: torch.device) -> str:
+    """What `--cuda-graph` means on this device. Raises InputError where "on" cannot be."""
+    reason = None
+    if device.type != "cuda":
+        reason = "there is no GPU here"
+    elif config.apex:
+        reason = (
+            "NVIDIA Apex's optimisers read the learning rate on the host, where a graph cannot see it change"
+        )
+    if reason and config.cuda_graph == "on":
+        raise InputError(f"--cuda-graph on: {reason}; use auto or off")
+    return "off" if reason else config.cuda_graph
 
 
 def check_sizes(config: Config, runtime: Runtime) -> None:

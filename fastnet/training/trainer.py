@@ -1,19 +1,14 @@
-"""The training of one network, from its first step or its last checkpoint to its end.
-
-Shapes: B images of a micro-batch, K classes, S image size.
-"""
+"""The training of one network, from its first step or its last checkpoint to its end."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
@@ -24,17 +19,20 @@ from fastnet.errors import InputError
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
-from fastnet.profiling import Window, span
+from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
+from fastnet.training.batches import batches_of
+from fastnet.training.capture import capture, own_stream
 from fastnet.training.evaluation import check_weights, evaluate
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
-from fastnet.training.parallel import data_parallel, share_weights, without_sync
+from fastnet.training.parallel import data_parallel, share_weights
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
-from fastnet.training.records import Recorder, end_session, last_scores, write_manifest
+from fastnet.training.records import Recorder, add_to_session, last_scores, write_manifest
 from fastnet.training.setup import check_sizes, choices, open_streams
 from fastnet.training.state import TrainState
+from fastnet.training.step import TrainStep, set_learning_rate
 
 
 class Trainer:
@@ -97,22 +95,50 @@ class Trainer:
         share_weights(self.network, self.runtime)
 
     def begin_phase(self) -> None:
-        """Freezes what the phase freezes and makes its optimiser and loss scaler, unless it is under way already."""
+        """Freezes what the phase freezes and readies its training step, unless it is under way already."""
         if self.begun == self.state.phase:
             return
-        config, runtime = self.config, self.runtime
         self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
         self.network.freeze_backbone(self.phase.frozen_backbone)
         self.network.train()
+        step = self.make_step()
+        if self.resumes_phase and self.runtime.is_main:
+            # The totals are sums over the ranks, so one of them carries what was there.
+            self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
+        self.step: Callable[[], None] = step if self.graphs == "off" else self.captured(step)
+
+    def make_step(self) -> TrainStep:
+        """The phase's optimiser, loss scaler and training step, as the checkpoint has them if it is of this phase."""
+        config, runtime = self.config, self.runtime
         with runtime.agree():
             self.optimizer = make_optimizer(self.phase, self.network, config)
-        self.model = data_parallel(self.network, runtime)
+        model = data_parallel(self.network, runtime, compiled=config.compile)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-        if self.saved and self.state.phase_epoch + self.state.step_in_epoch > 0:
+        if self.saved and self.resumes_phase:
             with runtime.agree():
                 checkpoint.restore(self.optimizer, self.scaler, self.run_dir / "last.pt", self.saved)
-            if runtime.is_main:  # the totals are sums over the ranks, so one of them carries what was there
-                self.counter.sums += torch.tensor(Totals(*self.state.totals), device=runtime.device)
+        return TrainStep(config, runtime, model, self.optimizer, self.scaler, self.counter, self.batches)
+
+    @property
+    def resumes_phase(self) -> bool:
+        return self.saved is not None and self.state.phase_epoch + self.state.step_in_epoch > 0
+
+    def captured(self, step: TrainStep) -> Callable[[], None]:
+        """`step` replayed as a CUDA graph, where that does the same, else a plain one; says and records which it is."""
+        batches = self.batches.fixed(self.runtime.amp or torch.float32)
+        try:
+            taken: Callable[[], None]
+            taken, agreement = capture(step, batches, self.network, self.phase)
+            outcome = f"on, {agreement}"
+        except InputError as error:
+            if self.config.cuda_graph == "on":
+                raise InputError(f"--cuda-graph on: {error}; use auto or off") from error
+            taken, outcome = self.make_step(), f"off, {error}"
+        self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                add_to_session(self.run_dir, **{f"cuda_graph_{self.phase.name}": outcome})
+        return taken
 
     def train_epoch(self) -> bool:
         """Trains to the end of the epoch under way, or to --max-steps. Returns False after a signal to stop."""
@@ -140,35 +166,11 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step on the next global batch. Nothing in it waits for the device."""
-        config, runtime, state = self.config, self.runtime, self.state
-        steps = self.train_stream.steps_per_epoch
-        rate = learning_rate(
-            self.phase, state.phase_epoch * steps + state.step_in_epoch, steps, config.warmup
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for part in range(config.accumulate):
-            started = time.perf_counter()
-            with span("data", runtime.device):
-                x, y, _ = next(self.train_stream)  # [B, 3, S, S], [B]
-            self.stopwatch.waits.append(time.perf_counter() - started)
-            last = part == config.accumulate - 1
-            with contextlib.nullcontext() if last else without_sync(self.model):
-                with span("forward", runtime.device), runtime.autocast():
-                    logits = self.model(x)  # [B, K]
-                # DDP averages over the ranks: with this factor every image of the global batch weighs the same.
-                loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="sum")
-                with span("backward", runtime.device):
-                    self.scaler.scale(loss * (runtime.world_size / config.batch_size)).backward()
-            # Without label smoothing, to be comparable with the validation loss.
-            self.counter.add(logits.detach(), y)
-        with span("optimizer", runtime.device):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad()  # to none; Apex's FusedSGD takes no argument
+        set_learning_rate(self.optimizer, self.rate(self.state.step_in_epoch))
+        self.step()
         self.stopwatch.step()
-        state.step_in_epoch += 1
-        state.step += 1
+        self.state.step_in_epoch += 1
+        self.state.step += 1
 
     def evaluate(self) -> Totals:
         """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights."""
@@ -234,12 +236,15 @@ class Trainer:
         with runtime.agree():
             chosen = choices(config, runtime)
         torch.set_num_threads(chosen["threads"])
+        self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
+            stack.enter_context(own_stream(runtime.device))
             with runtime.agree():
                 streams = open_streams(config, self.data, runtime, self.state, chosen)
             self.train_stream, self.val_stream = streams
             stack.callback(self.train_stream.close)
             stack.callback(self.val_stream.close)
+            self.batches = batches_of(self.train_stream, runtime.device, self.stopwatch.waited)
             with runtime.agree():
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
@@ -281,8 +286,15 @@ class Trainer:
 
     def training_record(self, totals: Totals) -> dict[str, Any]:
         where = {"phase": self.phase.name, "epoch": self.state.epoch, "step": self.state.step}
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.rate(self.state.step_in_epoch - 1)
         return {**where, "train_loss": totals.mean_loss, "train_top1": totals.top1, "lr": rate}
+
+    def rate(self, step_in_epoch: int) -> float:
+        """The learning rate of a step of the epoch under way."""
+        steps = self.train_stream.steps_per_epoch
+        return learning_rate(
+            self.phase, self.state.phase_epoch * steps + step_in_epoch, steps, self.config.warmup
+        )
 
     def summed_totals(self) -> Totals:
         """The epoch's totals over all ranks; waits for the device. Raises InputError if a loss was not finite."""
@@ -303,7 +315,7 @@ class Trainer:
         with self.runtime.agree():
             self.writer.finish()
             if self.runtime.is_main:
-                end_session(self.run_dir, step=self.state.step, done=self.state.done)
+                add_to_session(self.run_dir, to_step=self.state.step, done=self.state.done)
 
     def say(self, line: str) -> None:
         self.runtime.say(f"{self.run_dir}: {line}")

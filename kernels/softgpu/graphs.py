@@ -1,8 +1,7 @@
 """CUDA graphs: what is done within a capture is kept on a tape and done again at each replay.
 
-The driver runs nothing during a capture. Here torch's operators and copies are run, so that what follows finds sane
-values, and what they changed is put back when the capture ends: a program that relies on their effect finds none.
-Triton kernels wait for the replay.
+The driver runs nothing during a capture. Here operators, copies and Triton kernels are run, so that what follows finds
+sane values, and what they changed is put back when the capture ends: a program that relies on their effect finds none.
 """
 
 from __future__ import annotations

@@ -113,6 +113,14 @@ def to_device(
     return result
 
 
+def again(views: Sequence[Tensor | None], results: Sequence[Any]) -> None:
+    """Writes results into the places that `to_device` gave their like before."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+        for view, result in zip(views, results, strict=True):
+            if view is not None and result.numel():  # the CPU leaves out statistics in evaluation mode
+                view.copy_(result)
+
+
 def fill(out: Tensor, result: Tensor) -> None:
     """Writes a result into the device tensor given as `out`, which takes its shape as in any out= operator."""
     if out.shape != result.shape:

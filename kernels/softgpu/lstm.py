@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softgpu import watching
-from softgpu.host import alias, to_device
+from softgpu import graphs, watching
+from softgpu.host import again, alias, to_device
 
 LSTM_MODE = 2  # cuDNN's number for it
 
@@ -137,17 +137,24 @@ class _Differentiable(torch.autograd.Function):
         )
         x, hx, cx, *weight = map(alias, ctx.saved_tensors)
         d = [None if g is None else alias(g) for g in gradients]
-        with torch._C._AutoDispatchBelowAutograd():
-            results = _backward(x, hx, cx, weight, d, ctx.batch_first)
-            return None, *to_device(results, None, ctx.saved_tensors[0].device.index, [])
+        device = ctx.saved_tensors[0].device.index
+        return None, *_computed(lambda: _backward(x, hx, cx, weight, d, ctx.batch_first), device)
 
 
 def _on_device(batch_first: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
     watching.note_operator("lstm", tensors)
     x, hx, cx, *weight = map(alias, tensors)
+    return tuple(_computed(lambda: _forward(x, hx, cx, weight, batch_first), tensors[0].device.index))
+
+
+def _computed(compute: Callable[[], list[Tensor]], device: int) -> list[Tensor]:
+    """The results of `compute` on the GPU `device`, and those of each replay in the same places."""
+    views: list[Tensor | None] = []
     with torch._C._AutoDispatchBelowAutograd():
-        results = _forward(x, hx, cx, weight, batch_first)
-        return tuple(to_device(results, None, tensors[0].device.index, []))
+        made = to_device(compute(), None, device, views)
+    if graph := graphs.capturing(device):
+        graphs.record(graph, lambda: again(views, compute()))
+    return made
 
 
 def differentiable(

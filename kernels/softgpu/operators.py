@@ -16,7 +16,18 @@ from torch import Tensor
 
 from softgpu import determinism, graphs, library, lstm, rewritten, watching
 from softgpu.forms import forms
-from softgpu.host import Placement, alias, fill, flat, random_generator, region, tensors_in, to_device, widen
+from softgpu.host import (
+    Placement,
+    again,
+    alias,
+    fill,
+    flat,
+    random_generator,
+    region,
+    tensors_in,
+    to_device,
+    widen,
+)
 
 aten = torch.ops.aten
 
@@ -141,9 +152,7 @@ class Operator:
             for name, target in outs.items():
                 target.copy_(kwargs[name])
             new = [result for name, result in zip(self.returns, results, strict=True) if name is None]
-            for view, result in zip(views, flat(new), strict=True):
-                if view is not None:
-                    view.copy_(result)
+            again(views, flat(new))
 
 
 def _same_argument(schema: Any, result: Any) -> str | None:

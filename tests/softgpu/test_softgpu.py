@@ -16,6 +16,7 @@ GROUPS = {
     "commands": (["check_commands.py"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
+    "capture": (["check_capture.py"], []),
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,19 +26,11 @@ def tiny_trainer(
     run_dir: Path,
     *,
     backend: Literal["auto", "torch"] = "auto",
+    **settings: Any,
 ) -> Iterator[Trainer]:
-    """A trainer with its resources open, before its first phase."""
-    config = replace(
-        sample(network),
-        image_size=32,
-        batch_size=8,
-        weights="none",
-        head_epochs=1,
-        epochs=1,
-        warmup=0.0,
-        threads=1,
-        backend=backend,
-    )
+    """A trainer with its resources open, before its first phase. Its steps are plain ones, not CUDA graphs."""
+    tiny = {"image_size": 32, "batch_size": 8, "head_epochs": 1, "epochs": 1, "warmup": 0.0, "threads": 1}
+    config = replace(sample(network), backend=backend, **{**tiny, "cuda_graph": "off", **settings})
     runtime = Runtime(torch.device(device), amp=amp)
     trainer = Trainer(config, default_set(data), run_dir / f"{network} {device} {amp}", runtime)
     trainer.resume()

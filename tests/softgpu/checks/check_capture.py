@@ -1,0 +1,152 @@
+"""The training step as a CUDA graph: replays train as plain steps do, and what does not is found out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softgpu
+from fastnet.errors import InputError
+from fastnet.metrics import Counter
+from fastnet.training import capture, trainer
+from fastnet.training.capture import CapturedStep
+from fastnet.training.trainer import Trainer
+from tests.softgpu.trainers import begin, tiny_trainer
+
+STEPS = 3
+
+
+def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Weights and the counter after some steps of either phase, and what the manifest says of the session."""
+    network, amp = settings.pop("network"), settings.pop("amp")
+    ends = []
+    with tiny_trainer(network, "cuda", amp, data, run, backend="torch", **settings) as made:
+        for phase in range(2):
+            begin(made, phase)
+            for _ in range(STEPS):
+                made.train_step()
+            ends.append({**made.network.state_dict(), "counter": made.counter.sums})
+            ends[-1] = {name: tensor.clone() for name, tensor in ends[-1].items()}
+        session = json.loads((made.run_dir / "manifest.json").read_text())["sessions"][-1]
+    return ends, session
+
+
+@pytest.mark.parametrize(
+    ("network", "amp", "settings"),
+    [
+        ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu"}),
+        ("lstm", torch.bfloat16, {"decode": "raw"}),
+        ("baseline", torch.bfloat16, {"decode": "device"}),
+    ],
+)
+def test_replays_train_as_plain_steps(
+    network: str, amp: torch.dtype, settings: dict[str, Any], tiny_set: Path, tmp_path: Path
+) -> None:
+    """Images of the epoch that the rehearsal used up, or a state that it left, would show here."""
+    given = {"network": network, "amp": amp, **settings}
+    plain, _ = trained(tmp_path / "plain", tiny_set, **given)
+    replayed, session = trained(tmp_path / "replayed", tiny_set, cuda_graph="on", **given)
+    for mine, theirs in zip(replayed, plain, strict=True):
+        different = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
+        assert not different
+    for phase in ("head", "full"):
+        assert session[f"cuda_graph_{phase}"] == "on, bit for bit as plain steps"
+
+
+class Waiting(Counter):
+    """Asks the device for a number in each step."""
+
+    def add(self, logits: Tensor, y: Tensor) -> None:
+        super().add(logits, y)
+        self.sums.tolist()
+
+
+def test_a_step_that_waits_is_not_captured(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """auto goes on with plain steps, which train as if nothing had been tried; on is refused."""
+    given = {"network": "baseline", "amp": torch.float16, "decode": "cpu"}
+    plain, _ = trained(tmp_path / "plain", tiny_set, **given)
+    monkeypatch.setattr(trainer, "Counter", Waiting)
+    ends, session = trained(tmp_path / "auto", tiny_set, cuda_graph="auto", **given)
+    assert all(torch.equal(ends[i][name], plain[i][name]) for i in range(2) for name in plain[i])
+    assert session["cuda_graph_full"].startswith("off, the training step cannot be captured (")
+    assert session["cuda_graph_full"] in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"--cuda-graph on: .* cannot be captured .*; use auto or off"):
+        trained(tmp_path / "on", tiny_set, cuda_graph="on", **given)
+
+
+def test_a_rate_that_the_graph_does_not_see_is_found_out(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's number becomes a constant of the graph."""
+
+    def set_on_host(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+    monkeypatch.setattr(capture, "set_learning_rate", set_on_host)
+    given = {"network": "baseline", "amp": torch.bfloat16, "decode": "cpu"}
+    _, session = trained(tmp_path / "run", tiny_set, cuda_graph="auto", **given)
+    assert session["cuda_graph_full"].startswith("off, 4 replayed steps end ")
+
+
+def test_a_batch_that_the_graph_does_not_see_is_found_out(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = CapturedStep.__init__
+
+    def stale(self: CapturedStep, step: Any) -> None:
+        taken(self, step)
+        step.batches.x = [x.clone() for x in step.batches.x]
+
+    monkeypatch.setattr(CapturedStep, "__init__", stale)
+    given = {"network": "baseline", "amp": torch.bfloat16, "decode": "cpu"}
+    _, session = trained(tmp_path / "run", tiny_set, cuda_graph="auto", **given)
+    assert session["cuda_graph_full"].startswith("off, 4 replayed steps end ")
+
+
+def test_a_stopped_run_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
+    """The capture at the start of a session leaves the checkpoint's state and its images as they were."""
+
+    def until(made: Trainer, step: int) -> None:
+        while made.state.step < step:
+            made.train_step()
+
+    given: dict[str, Any] = {"cuda_graph": "on", "decode": "cpu"}
+    ends = []
+    for stops in ((4,), (2, 4)):
+        for stop in stops:
+            run = tmp_path / f"stops {len(stops)}"
+            with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, run, **given) as made:
+                made.begin_phase()
+                until(made, stop)
+                made.save()
+        ends.append({name: tensor.cpu() for name, tensor in made.network.state_dict().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_no_gradient_outlives_a_replay(tiny_set: Path, tmp_path: Path) -> None:
+    with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path, cuda_graph="on") as made:
+        begin(made, 1)
+        with softgpu.watch() as seen:
+            made.train_step()
+        assert not seen.waits and all(p.grad is None for p in made.network.parameters())
+
+
+def test_the_lstm_kernels_are_replayed(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step each: they are executed from their PTX."""
+    monkeypatch.setattr(capture, "COMPARED", 1)
+    given: dict[str, Any] = {"cuda_graph": "on", "stages": ("conv5",)}
+    with tiny_trainer("lstm", "cuda", torch.bfloat16, tiny_set, tmp_path, **given) as made:
+        begin(made, 0)
+        with softgpu.watch() as seen:
+            made.train_step()
+        assert len(seen.launches) == 7 and not seen.problems and not seen.waits
