@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import math
 from collections.abc import Mapping
 from typing import Any
 
