@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-import math
 from collections.abc import Mapping
 from typing import Any
 
