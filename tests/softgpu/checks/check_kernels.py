@@ -13,7 +13,7 @@ from tests.kernels.test_gpu import test_cuda_graph as test_cuda_graph
 from tests.kernels.test_gpu import test_runs_are_bit_identical as test_runs_are_bit_identical
 from tests.support.kernels import failures
 
-SMALL = [(2, 4, 16), (1, 3, 37)]  # in place of the paper's (groups, steps, hidden)
+SMALL = [(2, 4, 16), (1, 3, 68)]  # in place of the paper's (groups, steps, hidden); the second is split
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,8 @@ def _small_and_without_races(monkeypatch: pytest.MonkeyPatch) -> object:
         yield
     assert seen.launches and not seen.problems, seen.problems
     assert not seen.counts["kernels"]
+    forward = next(one for one in seen.launches if one.name == "forward_kernel")
+    assert forward.stats is not None and len(forward.stats.per_cta) % (2 + 3) == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
