@@ -19,6 +19,7 @@ GROUPS = {
     "capture": (["check_capture.py"], []),
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
+    "images": (["check_images.py"], ["--memory-mb", "512"]),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
 
