@@ -18,7 +18,7 @@ import msgspec
 from fastnet.errors import InputError
 
 MAX_NUMBER = 10**12  # no count of this program is larger, and float64 still holds products of it
-STAGE_STRIDES = {"conv2": 4, "conv3": 8, "conv4": 16, "conv5": 32}
+STAGES = ("conv2", "conv3", "conv4", "conv5")
 
 
 def _flag(default: Any, group: str, text: str, **extra: Any) -> Any:
@@ -69,6 +69,18 @@ class Config:
         "network",
         "what the ResNet starts from: imagenet, none (random), or a file: a state dict, safetensors, or a checkpoint",
     )
+    weights_partial: bool = _flag(
+        False, "network", "take those tensors of --weights that fit, and start the others at random"
+    )
+    stem: str = _flag(
+        "imagenet",
+        "network",
+        "the first convolution: imagenet (7x7, stride 2, then pooling), or small (3x3) for images below 100 px",
+        choices=("imagenet", "small"),
+    )
+    flip_average: bool = _flag(
+        False, "network", "outside training, average the scores of each image and its mirror image"
+    )
     backend: Literal["auto", "triton", "torch"] = _flag(
         "auto",
         "network",
@@ -106,6 +118,15 @@ class Config:
     plateau_delta: float = _flag(
         0.001, "training", "by how much top-1 must rise to count as better there", within=(0, 1)
     )
+    head_freeze: str = _flag(
+        "conv5", "training", "the last stage that the frozen phase freezes", choices=STAGES
+    )
+    freeze: str = _flag(
+        "none",
+        "training",
+        "the last stage that stays frozen when the whole network trains",
+        choices=("none", *STAGES),
+    )
     epochs: int = _flag(15, "training", "epochs in which the whole network trains", least=0)
     lr: float = _flag(0.02, "training", "peak learning rate while the whole network trains", above=0)
     head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
@@ -117,6 +138,20 @@ class Config:
     )
     momentum: float = _flag(0.9, "training", "momentum of SGD (Nesterov)", within=(0, 1))
     weight_decay: float = _flag(1e-4, "training", "weight decay, except for biases and batch norms", least=0)
+    layer_decay: float = _flag(
+        1.0,
+        "training",
+        "learning rate of each stage as a fraction of the next deeper one's",
+        above=0,
+        within=(0, 1),
+    )
+    clip_grad: float = _flag(0.0, "training", "largest norm of the gradient; 0: no limit", least=0)
+    ema: float = _flag(
+        0.0,
+        "training",
+        "decay per step of a moving average of the weights, which is then what is evaluated; 0: none",
+        within=(0, 0.999999),
+    )
     label_smoothing: float = _flag(0.1, "training", "label smoothing", within=(0, 1))
     warmup: float = _flag(
         1.0, "training", "epochs of linear warmup at the start of each phase", within=(0, 10_000)
@@ -165,10 +200,10 @@ class Config:
             for item in dataclasses.fields(owner):
                 _check(flag_name(item), getattr(owner, item.name), item.metadata)
         check_image_size(self.image_size)
-        unknown = [stage for stage in self.stages if stage not in STAGE_STRIDES]
+        unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or not self.stages or len(set(self.stages)) != len(self.stages):
             raise InputError(
-                f"--stages {','.join(self.stages)}: name some of {', '.join(STAGE_STRIDES)}, each at most once"
+                f"--stages {','.join(self.stages)}: name some of {', '.join(STAGES)}, each at most once"
             )
         # The order in which the stages are named does not matter.
         object.__setattr__(self, "stages", tuple(sorted(self.stages)))
@@ -195,10 +230,14 @@ class Config:
             (
                 stage_channels(self.depth, stage) // self.seq_len,
                 self.seq_len,
-                (self.image_size // STAGE_STRIDES[stage]) ** 2,
+                (self.image_size // self.stride(stage)) ** 2,
             )
             for stage in self.stages
         ]
+
+    def stride(self, stage: str) -> int:
+        """Pixels of the image from one position of a stage's output to the next."""
+        return (4 if self.stem == "imagenet" else 1) * 2 ** STAGES.index(stage)
 
     @property
     def profile_window(self) -> tuple[int, int] | None:

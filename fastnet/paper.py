@@ -64,8 +64,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         flags = dict(given)
         if network == "baseline":
             flags["head_epochs"] = 0
-        elif "weights" not in named and PRESETS[preset](network).weights == "none":
-            # Without ImageNet weights, the frozen phase uses the convolutions that the baseline has learned.
+        elif named.get("weights_partial") or (
+            "weights" not in named and PRESETS[preset](network).weights == "none"
+        ):
+            # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
+            flags["weights_partial"] = False
             flags["weights"] = str(runs["baseline"] / "best.pt")
         line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
         line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]

@@ -40,7 +40,7 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     # Training may have used an LSTM backend that this machine lacks.
     config = replace(saved.config, backend="auto")
     network = Network(config, len(saved.classes))
-    load_model(network, path, saved.model)
+    load_model(network, path, saved.result)
     with memory_for(f"{run_dir}: its network", runtime.device, "free some of it, or use --device cpu"):
         network.to(runtime.device).eval()
     return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash)

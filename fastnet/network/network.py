@@ -31,11 +31,15 @@ class Network(nn.Module):
 
     def __init__(self, config: Config, classes: int) -> None:
         super().__init__()
-        self.image_size = config.image_size
-        self.frozen = False
+        self.image_size, self.flip_average = config.image_size, config.flip_average
+        self.frozen: list[str] = []  # stages
         self.stages = sorted(config.stages) if config.network == "lstm" else ["conv5"]
         resnet = torchvision.models.get_model(f"resnet{config.depth}", weights=None)
         resnet.fc = nn.Identity()
+        if config.stem == "small":
+            resnet.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+            resnet.maxpool = nn.Identity()
         for stage, layer in LAYERS.items():
             if stage > self.stages[-1]:
                 delattr(resnet, layer)
@@ -53,8 +57,14 @@ class Network(nn.Module):
         """[B, 3, S, S] -> [B, K]. Raises ValueError unless `x` is channels_last; converting it would cost a copy."""
         if not x.is_contiguous(memory_format=torch.channels_last):
             raise ValueError("the images must be channels_last, as the input pipeline delivers them")
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
-            features = self.features(x)
+        logits = self.logits(x)  # [B, K]
+        if self.flip_average and not self.training:
+            logits = (logits + self.logits(x.flip(3))) / 2
+        return logits
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, K] float32."""
+        features = self.features(x)
         with span("lstm" if self.lstm else "pool", x.device):
             if self.lstm is not None:
                 z = self.lstm(features)  # [B, D]
@@ -66,29 +76,43 @@ class Network(nn.Module):
         """The outputs of the stages that the head reads, each [B, C, H, W], from shallow to deep."""
         with span("backbone", x.device):
             net = self.backbone
-            x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            with self.no_grad_if(bool(self.frozen)):
+                x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
             outputs = []
             for stage, layer in LAYERS.items():
                 if stage > self.stages[-1]:
                     break
-                x = getattr(net, layer)(x)
+                with self.no_grad_if(stage in self.frozen):
+                    x = getattr(net, layer)(x)
                 if stage in self.stages:
                     outputs.append(x)
             return outputs
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Freezes the convolutions and batch norms, or unfreezes them.
+    @staticmethod
+    def no_grad_if(frozen: bool) -> contextlib.AbstractContextManager:
+        return torch.no_grad() if frozen else contextlib.nullcontext()
+
+    def freeze(self, last: str) -> None:
+        """Freezes the convolutions and batch norms up to and with a stage, and unfreezes the others; "none" of them.
 
         Frozen ones get no gradients and stay in evaluation mode.
         """
-        self.frozen = frozen
-        self.backbone.requires_grad_(not frozen)
+        self.frozen = [stage for stage in LAYERS if last != "none" and stage <= last]
+        self.backbone.requires_grad_(True)
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
         self.train(self.training)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        if not self.frozen:
+            return []
+        layers = [LAYERS[stage] for stage in self.frozen if stage <= self.stages[-1]]
+        return [getattr(self.backbone, name) for name in ("conv1", "bn1", *layers)]
 
     def train(self, mode: bool = True) -> Network:
         super().train(mode)
-        if self.frozen:
-            self.backbone.eval()
+        for module in self.frozen_modules():
+            module.eval()
         return self
 
 

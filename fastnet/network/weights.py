@@ -12,26 +12,39 @@ from fastnet.network.network import Network
 from fastnet.network.stored import Unreadable, misfit, read_safetensors, read_stored
 
 
-def load_backbone(network: Network, depth: int, weights: str) -> None:
+def load_backbone(network: Network, depth: int, weights: str, *, partial: bool = False) -> str:
     """Loads weights into `network.backbone`. `weights` is `imagenet` (torchvision's), `none`, or a file.
 
     A file contains tensors under the names of torchvision's ResNet, as a PyTorch state dict or as safetensors, or is a
     fastnet checkpoint. What `load_state_dict` fills in by itself may be missing: torchvision's published files have no
-    `num_batches_tracked`. Raises InputError if the weights cannot be read or downloaded, or do not fit.
+    `num_batches_tracked`. With `partial`, tensors that are missing or do not fit are left as they are; then what is
+    returned says how many came and which did not, else it is empty. Raises InputError if the weights cannot be read or
+    downloaded, or do not fit; with `partial`, if none fits.
     """
     if weights == "none":
-        return
+        return ""
     state = _imagenet_state(depth) if weights == "imagenet" else _file_state(Path(weights))
     own = network.backbone.state_dict()
-    for name, tensor in own.items():
-        if name in state and (problem := misfit(tensor, state[name])):
-            raise InputError(f"--weights {weights}: {name} {problem}; give the weights of a ResNet-{depth}")
-    fitting = {name: state[name] for name in own if name in state}
+    problems = {name: misfit(own[name], state[name]) for name in own if name in state}
+    fitting = {name: state[name] for name, problem in problems.items() if not problem}
     missing = network.backbone.load_state_dict(fitting, strict=False).missing_keys
+    if partial and fitting:
+        left = ", ".join(_modules(missing)) or "none"
+        return f"--weights {weights}: took {len(fitting)} tensors, left at random: {left}"
+    for name, problem in problems.items():
+        if problem:
+            raise InputError(f"--weights {weights}: {name} {problem}; give the weights of a ResNet-{depth}")
     if missing:
         raise InputError(
-            f"--weights {weights}: has no tensor {missing[0]}; give the weights of a ResNet-{depth}"
+            f"--weights {weights}: has no tensor {missing[0]}; give the weights of a ResNet-{depth}, or "
+            "--weights-partial to start the missing ones at random"
         )
+    return ""
+
+
+def _modules(tensors: list[str]) -> list[str]:
+    """The modules that tensors belong to, each once: layer4.0.conv1 for layer4.0.conv1.weight."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
 
 
 def _imagenet_state(depth: int) -> dict[str, Any]:
@@ -57,9 +70,10 @@ def _file_state(path: Path) -> dict[str, Any]:
         raise InputError(f"--weights {path}: not a readable {kind} file: {error}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
         prefix = "backbone."
+        result = loaded["average"] if isinstance(loaded.get("average"), dict) else loaded["model"]
         loaded = {
             str(name).removeprefix(prefix): value
-            for name, value in loaded["model"].items()
+            for name, value in result.items()
             if str(name).startswith(prefix)
         }
     if not isinstance(loaded, dict):

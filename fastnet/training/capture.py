@@ -9,8 +9,21 @@ asynchronously:
   batches are on the device already, and labels come from torch's pinned allocator, which waits for that event itself.
 * Nothing that a replay reads is freed: weights, optimiser state, loss scale, counter, batches and learning rate exist
   before the capture and live as long as the graph. Gradients and activations are in the graph's own pool.
-* Other threads use CUDA meanwhile (DALI frees batches, NCCL watches its work), so only this thread's calls may end a
-  capture: capture_error_mode="thread_local".
+* Other threads use CUDA meanwhile (DALI frees batches, NCCL's watchdog queries events), so only this thread's calls may
+  end a capture: capture_error_mode="thread_local". The backward pass is in autograd's thread, on the same stream.
+
+On several ranks the gradients' sums are in the graph. Of torch's rules for that, the eleven warm-up steps and
+DistributedDataParallel made on a stream of its own are kept here. NCCL's error handling stays on: the watchdog is not
+given what is captured, and torch has it finish what it has before a capture begins; that a replay hangs is therefore
+seen by `--timeout` only, where the ranks next talk by gloo. What NCCL asks of its user:
+
+* A capture is made by all ranks or by none, and so is a replay: `agree` has all of them go on with plain steps where one
+  failed. To register buffers, NCCL may talk within a capture (NVLink SHARP), and ranks whose capture went well would
+  wait there for one whose capture broke off; the latter ends them all after `--timeout`.
+* Replays and the sums and broadcasts between them (counts, validation) are on one stream, hence in one order on all
+  ranks; NCCL mixes both by default (NCCL_GRAPH_MIXING_SUPPORT).
+* A communicator cannot be destroyed while a graph has its collectives; it waits for ever (pytorch issue 115388). So a
+  graph is closed where it is dropped, and none is left to the garbage collector.
 """
 
 from __future__ import annotations
@@ -26,11 +39,13 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.network.network import Network
 from fastnet.training.batches import FixedBatches
+from fastnet.training.parallel import dismiss
 from fastnet.training.phases import Phase
 from fastnet.training.step import TrainStep, set_learning_rate
 
 COMPARED = 4  # steps, plain and replayed
-# DistributedDataParallel times the first ten steps with events, which a capture refuses (torch's notes on CUDA graphs).
+# DistributedDataParallel waits for events in the first ten steps, to time them, and in every hundredth: a capture refuses
+# that (torch's notes on CUDA graphs). The capture is of the sixteenth or the seventeenth.
 WARMUP = 11
 # Small enough that no gradient overflows in fp16: steps that are skipped would agree whatever the graph does.
 REHEARSAL_SCALE = 2.0**7
@@ -50,17 +65,23 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 class CapturedStep:
-    """A `TrainStep` that is replayed."""
+    """A `TrainStep` that is replayed, once it has been captured. To be closed."""
 
     def __init__(self, step: TrainStep) -> None:
-        self.batches, self.graph = step.batches, torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(step.runtime.device)
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            step.on_device()
+        self.batches, self.on_device = step.batches, step.on_device
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(step.runtime.device)
+
+    def capture(self) -> None:
+        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+            self.on_device()
 
     def __call__(self) -> None:
         self.batches.advance()
         self.graph.replay()
+
+    def close(self) -> None:
+        """Destroys the graph and frees its memory."""
+        self.graph.reset()
 
 
 def capture(
@@ -78,13 +99,18 @@ def capture(
     rehearse(step.on_device, WARMUP if runtime.world_size > 1 else COMPARED, step, before, phase)
     rehearse(step.on_device, COMPARED, step, before, phase)
     plain = before.copy()
+    captured = CapturedStep(step)
     try:
         with runtime.agree(), failing("cannot be captured"):
-            captured = CapturedStep(step)
+            captured.capture()
         with runtime.agree(), failing("cannot be replayed"):
             rehearse(captured.graph.replay, COMPARED, step, before, phase)
         with runtime.agree():
             agreement = before.compare(plain, COMPARED * precision(runtime))
+    except InputError:
+        captured.close()
+        dismiss(step.model)
+        raise
     finally:
         before.put_back()
         network.zero_grad(set_to_none=True)  # a capture that failed leaves some
@@ -112,6 +138,8 @@ def rehearse(run: Callable[[], None], steps: int, step: TrainStep, before: Snaps
     for i in range(steps):
         before.batches.rehearse(i)
         set_learning_rate(step.optimizer, phase.peak_lr * (i + 1) / 100)
+        if step.average:
+            step.average.set_step(i)
         run()
 
 
@@ -133,6 +161,8 @@ class Snapshot:
             if isinstance(value, Tensor)
         }
         own = {f"batches {i}": tensor for i, tensor in enumerate(self.batches.state())}
+        average = self.step.average.network.state_dict() if self.step.average else {}
+        own |= {f"average {name}": tensor for name, tensor in average.items()}
         return {**self.network.state_dict(), **optimizer, **own, "counter": self.step.counter.sums}
 
     def copy(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ FORMAT = 1
 class Checkpoint:
     """What last.pt and best.pt hold, besides the number of their format. Tensors are in `model` and `optimizer`.
 
-    `optimizer` is None between two phases. `position` says how far the run is.
+    `optimizer` is None between two phases. `position` says how far the run is. `average` has the moving average of
+    `model` in a run with --ema.
     """
 
     config: Config
@@ -45,9 +46,15 @@ class Checkpoint:
     data_hash: str
     classes: list[str]
     words: list[str]
+    average: dict[str, Any] | None = None
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The weights that are evaluated."""
+        return self.model if self.average is None else self.average
 
 
-KEYS = {"format", *(field.name for field in fields(Checkpoint))}
+KEYS = {"format", *(field.name for field in fields(Checkpoint) if field.default is MISSING)}
 
 # Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
 # decoder, LSTM backend, compiler and threads change the last bits of the arithmetic, not what is computed.
@@ -227,11 +234,11 @@ def restore(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, saved: Checkpoint
 ) -> None:
     """Puts the checkpoint's state into the optimiser and loss scaler. Raises InputError if it does not fit."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [{key: group[key] for key in ("lr", "lr_scale")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved.optimizer or {})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # set before each step; on a GPU it has to stay the tensor that it is
+            group.update(rate)  # set before each step; on a GPU it has to stay the tensor that it is
         if (
             saved.scaler
         ):  # empty if it was not fp16 until now: what --precision auto means depends on the device

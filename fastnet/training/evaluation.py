@@ -16,13 +16,14 @@ from fastnet.network.network import Network
 @torch.inference_mode()
 def evaluate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Totals:
     """The totals over the ranks' shares of a split, each image counted once. Collective; waits for the device once."""
+    training = network.training
     network.eval()
     counter = Counter(runtime.device)
     for x, y, _ in stream:  # [B, 3, S, S], [B]
         with runtime.autocast():
             logits = network(x)  # [B, K]
         counter.add(logits, y)
-    network.train()
+    network.train(training)
     return Totals(*runtime.sum_(counter.sums).tolist())
 
 

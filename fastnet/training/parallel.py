@@ -53,6 +53,13 @@ def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
+def dismiss(model: nn.Module) -> None:
+    """Ends `model`, whose network is about to be wrapped anew. After a backward pass that broke off, DDP would count the
+    next one's gradients to it, and sum them on this rank alone."""
+    if isinstance(model, DistributedDataParallel):
+        model._remove_autograd_hooks()
+
+
 def share_weights(network: Network, runtime: Runtime) -> None:
     """Gives every rank the weights and batch norm statistics of rank 0, which are the ones that checkpoints keep."""
     if runtime.world_size > 1:

@@ -9,7 +9,7 @@ import torch
 
 from fastnet.config import Config
 from fastnet.errors import InputError
-from fastnet.network.network import Network
+from fastnet.network.network import LAYERS, Network
 from fastnet.training.state import TrainState
 
 
@@ -20,7 +20,7 @@ class Phase:
     """
 
     name: str
-    frozen_backbone: bool
+    frozen: str  # the last frozen stage, or none
     epochs: int
     optimizer: str
     peak_lr: float
@@ -35,7 +35,7 @@ def plan(config: Config) -> list[Phase]:
         phases.append(
             Phase(
                 name="head",
-                frozen_backbone=True,
+                frozen=config.head_freeze,
                 epochs=config.head_epochs,
                 optimizer=config.head_optimizer,
                 peak_lr=config.head_lr,
@@ -44,7 +44,7 @@ def plan(config: Config) -> list[Phase]:
             )
         )
     if config.epochs:
-        phases.append(Phase("full", False, config.epochs, config.optimizer, config.lr, 0, 0.0))
+        phases.append(Phase("full", config.freeze, config.epochs, config.optimizer, config.lr, 0, 0.0))
     return phases
 
 
@@ -86,16 +86,19 @@ def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: 
 def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.optim.Optimizer:
     """The phase's fused optimiser, over the parameters that train. Biases and batch norms have no weight decay.
 
-    On a GPU the learning rate is a tensor there (float32, one for all groups); Apex reads it on the host.
+    On a GPU the learning rate is a tensor there (float32, one for all groups of one `lr_scale`); Apex reads it on the
+    host.
 
     Raises InputError if --apex is given and NVIDIA Apex is not installed, or there is no GPU.
     """
     trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim == 1 or "bias" in name]
-    decayed = [p for name, p in trained if not (p.ndim == 1 or "bias" in name)]
+    kinds: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, p in trained:
+        plain = p.ndim == 1 or "bias" in name
+        kinds.setdefault((-lr_scale(name, config.layer_decay), plain), []).append(p)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": members, "weight_decay": 0.0 if plain else config.weight_decay, "lr_scale": -scale}
+        for (scale, plain), members in sorted(kinds.items(), key=lambda item: item[0])
     ]
     if config.apex:
         return _apex_optimizer(phase, groups, config)
@@ -112,10 +115,20 @@ def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.opti
     else:
         optimizer = torch.optim.AdamW(groups, lr=phase.peak_lr, fused=True, capturable=on_gpu)
     if on_gpu:
-        rate = torch.tensor(phase.peak_lr, device=trained[0][1].device)
+        rates = {group["lr_scale"]: torch.zeros((), device=trained[0][1].device) for group in groups}
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rates[group["lr_scale"]]
     return optimizer
+
+
+def lr_scale(name: str, layer_decay: float) -> float:
+    """The factor of a parameter's learning rate: 1 for the head, and `layer_decay` times that for each stage from
+    conv5 down to the first convolution."""
+    layers = ("conv1", "bn1", *LAYERS.values())
+    for above, layer in enumerate(reversed(layers), start=1):
+        if name.startswith(f"backbone.{layer}."):
+            return layer_decay ** min(above, len(LAYERS) + 1)
+    return 1.0
 
 
 def _apex_optimizer(phase: Phase, groups: list[dict], config: Config) -> torch.optim.Optimizer:

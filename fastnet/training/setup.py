@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastnet.config import STAGE_STRIDES, Config
+from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.ranks import Runtime
@@ -61,7 +61,7 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
         )
     share = config.batch_size // runtime.world_size // config.accumulate
     last = config.stages[-1] if config.network == "lstm" else "conv5"
-    if config.epochs and share * (config.image_size // STAGE_STRIDES[last]) ** 2 == 1:
+    if config.epochs and share * (config.image_size // config.stride(last)) ** 2 == 1:
         raise InputError(
             f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which {last} has a single "
             f"value ({config.image_size} px), too few for batch norm; use a larger batch, fewer ranks or parts, or "

@@ -13,12 +13,14 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
 from fastnet.metrics import Counter
 from fastnet.profiling import span
 from fastnet.training.batches import Batches
+from fastnet.training.ema import MovingAverage
 from fastnet.training.parallel import without_sync
 
 
@@ -34,9 +36,11 @@ class TrainStep:
         scaler: torch.amp.GradScaler,
         counter: Counter,
         batches: Batches,
+        average: MovingAverage | None,
     ) -> None:
         self.config, self.runtime, self.model = config, runtime, model
         self.optimizer, self.scaler, self.counter, self.batches = optimizer, scaler, counter, batches
+        self.average = average
 
     def __call__(self) -> None:
         self.batches.advance()
@@ -50,6 +54,9 @@ class TrainStep:
             with contextlib.nullcontext() if last else without_sync(self.model):
                 self.backward(x, y)
         with span("optimizer", self.runtime.device):
+            if self.config.clip_grad:
+                self.scaler.unscale_(self.optimizer)
+                clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()  # to none; Apex's FusedSGD takes no argument
@@ -69,11 +76,13 @@ class TrainStep:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """On a GPU the rate is a tensor that all groups share, so that a captured step reads what is set here."""
-    rates = {id(group["lr"]): group["lr"] for group in optimizer.param_groups}
-    for value in rates.values():
-        if isinstance(value, Tensor):
-            value.fill_(rate)
+    """Each group's rate is `rate` times its `lr_scale`. On a GPU groups of one scale share a tensor, so that a captured
+    step reads what is set here."""
+    done: set[int] = set()
     for group in optimizer.param_groups:
+        value = rate * group["lr_scale"]
         if not isinstance(group["lr"], Tensor):
-            group["lr"] = rate
+            group["lr"] = value
+        elif id(group["lr"]) not in done:
+            group["lr"].fill_(value)
+            done.add(id(group["lr"]))

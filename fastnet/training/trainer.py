@@ -23,7 +23,8 @@ from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
 from fastnet.training.batches import batches_of
-from fastnet.training.capture import capture, own_stream
+from fastnet.training.capture import CapturedStep, capture, own_stream
+from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import check_weights, evaluate
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
@@ -48,10 +49,12 @@ class Trainer:
         check_sizes(config, runtime)
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
+        self.average: MovingAverage | None = None
         self.phases = plan(config)
         self.state = TrainState()
         self.saved: checkpoint.Checkpoint | None = None
         self.begun: int | None = None  # index of the phase that optimiser, loss scaler and model belong to
+        self.graph: CapturedStep | None = None
         self.counter = Counter(runtime.device)
         self.stopwatch = Stopwatch(runtime.device)
 
@@ -90,22 +93,40 @@ class Trainer:
                 checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
                 self.state = self.saved.position
             elif self.runtime.is_main:
-                load_backbone(self.network, self.config.depth, self.config.weights)
+                self.load_weights()
         self.network.to(self.runtime.device)
         share_weights(self.network, self.runtime)
+        if self.config.ema:
+            self.average = MovingAverage(self.network, self.config.ema)
+            if self.saved and self.saved.average:
+                checkpoint.load_model(self.average.network, self.run_dir / "last.pt", self.saved.average)
+
+    def load_weights(self) -> None:
+        """The weights that --weights names, and what of them was left out."""
+        config = self.config
+        note = load_backbone(self.network, config.depth, config.weights, partial=config.weights_partial)
+        if note:
+            self.say(note)
 
     def begin_phase(self) -> None:
         """Freezes what the phase freezes and readies its training step, unless it is under way already."""
         if self.begun == self.state.phase:
             return
+        self.close_graph()
         self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
-        self.network.freeze_backbone(self.phase.frozen_backbone)
+        self.network.freeze(self.phase.frozen)
         self.network.train()
         step = self.make_step()
         if self.resumes_phase and self.runtime.is_main:
             # The totals are sums over the ranks, so one of them carries what was there.
             self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
         self.step: Callable[[], None] = step if self.graphs == "off" else self.captured(step)
+
+    def close_graph(self) -> None:
+        """Frees what a captured step holds, the ranks' communicator among it."""
+        if self.graph:
+            self.graph.close()
+        self.graph = None
 
     def make_step(self) -> TrainStep:
         """The phase's optimiser, loss scaler and training step, as the checkpoint has them if it is of this phase."""
@@ -117,7 +138,9 @@ class Trainer:
         if self.saved and self.resumes_phase:
             with runtime.agree():
                 checkpoint.restore(self.optimizer, self.scaler, self.run_dir / "last.pt", self.saved)
-        return TrainStep(config, runtime, model, self.optimizer, self.scaler, self.counter, self.batches)
+        return TrainStep(
+            config, runtime, model, self.optimizer, self.scaler, self.counter, self.batches, self.average
+        )
 
     @property
     def resumes_phase(self) -> bool:
@@ -127,8 +150,8 @@ class Trainer:
         """`step` replayed as a CUDA graph, where that does the same, else a plain one; says and records which it is."""
         batches = self.batches.fixed(self.runtime.amp or torch.float32)
         try:
-            taken: Callable[[], None]
-            taken, agreement = capture(step, batches, self.network, self.phase)
+            self.graph, agreement = capture(step, batches, self.network, self.phase)
+            taken: Callable[[], None] = self.graph
             outcome = f"on, {agreement}"
         except InputError as error:
             if self.config.cuda_graph == "on":
@@ -167,16 +190,20 @@ class Trainer:
     def train_step(self) -> None:
         """One optimiser step on the next global batch. Nothing in it waits for the device."""
         set_learning_rate(self.optimizer, self.rate(self.state.step_in_epoch))
+        if self.average:
+            self.average.set_step(self.state.step)
         self.step()
         self.stopwatch.step()
         self.state.step_in_epoch += 1
         self.state.step += 1
 
     def evaluate(self) -> Totals:
-        """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights."""
-        share_weights(self.network, self.runtime)
+        """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights, or with
+        their moving average where there is one."""
+        network = self.average.network if self.average else self.network
+        share_weights(network, self.runtime)
         batches = track(f"{self.title}: validation", self.val_stream, len(self.val_stream), "batches")
-        totals = evaluate(self.network, batches, self.runtime)
+        totals = evaluate(network, batches, self.runtime)
         if totals.not_finite:
             raise InputError(
                 f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
@@ -214,6 +241,7 @@ class Trainer:
             "data_hash": self.data.hash,
             "classes": self.data.classes,
             "words": self.data.words,
+            "average": self.average.network.state_dict() if self.average else None,
         }
         with self.runtime.agree():
             if self.runtime.is_main:
@@ -239,6 +267,7 @@ class Trainer:
         self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(own_stream(runtime.device))
+            stack.callback(self.close_graph)
             with runtime.agree():
                 streams = open_streams(config, self.data, runtime, self.state, chosen)
             self.train_stream, self.val_stream = streams

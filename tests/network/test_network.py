@@ -84,7 +84,7 @@ def test_frozen_backbone_stays_and_has_no_backward() -> None:
     torch.manual_seed(0)
     config = Config(network="lstm", image_size=32)
     network = Network(config, classes=3)
-    network.freeze_backbone(True)
+    network.freeze("conv5")
     network.train()
     before = {k: v.clone() for k, v in network.backbone.state_dict().items()}
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ def test_frozen_backbone_stays_and_has_no_backward() -> None:
     assert all(p.grad is None for p in network.backbone.parameters())
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
-    network.freeze_backbone(False)
+    network.freeze("none")
     network(images(config, 4)).sum().backward()
     assert not torch.equal(network.backbone.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
     assert all(p.grad is not None for p in network.parameters())
