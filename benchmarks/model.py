@@ -21,24 +21,15 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.model_counts import DTYPE, STEPS, Line, executed_split, lines
 from benchmarks.model_tables import tables
-from fastnet_kernels import (
-    ChannelGroupLSTM,
-    Stage,
-    fused_backward,
-    fused_forward,
-    gemm,
-    launch,
-    packing,
-    plan,
-)
-from ptxrun import cross_compile, execute_ptx
+from fastnet_kernels import Stage, fused_backward, fused_forward, launch, plan
+from ptxrun import cross_compile
 
 STAGES = {"conv4": Stage(4, 64, 196), "conv5": Stage(8, 64, 49)}  # the paper's
-STEPS = (8, 16)  # with a tile of 16 images these are whole tiles of every kernel
-BATCHES = (64, 256, 1024)
+BATCHES = (32, 64, 256, 1024)
+SPLIT_BATCHES = (32, 64, 96)
 RECURRENT = ("forward_kernel", "backward_kernel")
-DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,13 @@ class Gpu:
     l2: int  # bytes a clock, the whole GPU
     dram: float  # GB/s
     source: str
+    mma: int = (
+        2048  # as tensor, of mma.sync: half of wgmma's on Hopper (about 62 % measured, arXiv 2402.13499)
+    )
+    latency: int = (
+        300  # clocks of a hit in L2: measured about 260 on A100 and H100 (arXiv 2402.13499), 222 to 339
+    )
+    # over the SMs of an L40 (arXiv 2606.22588)
     issue: int = 4  # warp instructions a clock and SM: its four schedulers (both whitepapers)
     shared: int = (
         1  # wavefronts of 128 bytes a clock and SM: 32 banks of 4 bytes (CUDA C++ Best Practices Guide)
@@ -80,55 +78,6 @@ GPUS = {
         " memory: H100 datasheet; L2: not published, the A100's",
     ),
 }
-
-
-def executed(hidden: int, steps: int) -> dict[str, Counter[str]]:
-    """What forward and backward of one group and 16 images do, by kernel."""
-    batch = plan.BATCH_TILE
-    module = ChannelGroupLSTM([(1, steps, hidden)])
-    x = torch.randn(batch, hidden, 1, steps).to(DTYPE).permute(0, 3, 1, 2)  # [B, T, H, 1] channels_last
-    dout = torch.randn(batch, hidden).to(DTYPE)
-    with torch.no_grad(), execute_ptx(packing, gemm, fused_forward, fused_backward) as runs:
-        given = ([x], module.weights(), module.stages)
-        _, *saved = launch.forward(*given, save=True, recompute=False)
-        launch.backward(dout, *given, *saved, needs_dx=True)
-    counts: dict[str, Counter[str]] = {}
-    for kernel, launches in runs.items():
-        counts[kernel] = Counter()
-        for stats in launches:
-            counts[kernel].update(
-                {
-                    "instructions": stats.instructions,
-                    "mma": stats.mma,
-                    "mma flops": stats.mma_flops,
-                    "barriers": stats.barriers,
-                    "bytes through L2": 32 * stats.total["global sectors"],
-                    "bytes copied to shared": stats.cp_async_bytes,
-                    "shared wavefronts": stats.total["shared wavefronts"],
-                    "bytes touched": sum(r + w for r, w in stats.unique.values()),
-                }
-            )
-    return counts
-
-
-@dataclass(frozen=True)
-class Line:
-    """A count of one group and 16 images: at the start, and by step."""
-
-    fixed: float
-    step: float
-
-
-def lines(hidden: int, lengths: tuple[int, int] = STEPS) -> dict[str, dict[str, Line]]:
-    """Kernel -> count -> its line through the two lengths."""
-    short, long = (executed(hidden, steps) for steps in lengths)
-    found: dict[str, dict[str, Line]] = {}
-    for kernel, counts in short.items():
-        found[kernel] = {}
-        for name in counts:
-            step = (long[kernel][name] - counts[name]) / (lengths[1] - lengths[0])
-            found[kernel][name] = Line(counts[name] - step * lengths[0], step)
-    return found
 
 
 def bound(
@@ -172,9 +121,29 @@ def bound(
     return times[worst], worst
 
 
-def static(arch: int) -> dict[str, dict[str, int]]:
+MEETING = 4.5  # latencies of L2 in a row, a step
+
+
+def split_step(gpu: Gpu, line: Mapping[str, Line], parts: int, together: int) -> dict[str, float]:
+    """Clocks of a step of a split group as if nothing overlapped, by what takes them; `together` programs share an SM.
+
+    A meeting waits for L2 so often: what was stored is acknowledged (1), the counter is added to (1), read anew by
+    who waits, which on average is half a read too late (1.5), and what the others stored is read (1). Latencies within
+    the SM (barriers, special functions) come on top.
+    """
+    one = {name: own.step / parts for name, own in line.items()}
+    return {
+        "meeting": MEETING * gpu.latency,
+        "shared": together * one["shared wavefronts"] / gpu.shared,
+        "tensor": together * one["mma flops"] / gpu.mma,
+        "issue": together * one["instructions"] / gpu.issue,
+        "l2": together * one["bytes through L2"] / (gpu.l2 / gpu.sms),
+    }
+
+
+def static(arch: int, *, split: bool) -> dict[str, dict[str, int]]:
     """Registers a thread, bytes of shared memory and instructions in the code of the recurrent kernels."""
-    plans = plan.plan(tuple(STAGES.values()), DTYPE, arch, save=True)
+    plans = (plan.split_plan if split else plan.plan)(tuple(STAGES.values()), DTYPE, arch, save=True)
     kernels = {
         "forward_kernel": fused_forward.forward_kernel,
         "backward_kernel": fused_backward.backward_kernel,
@@ -187,7 +156,7 @@ def static(arch: int) -> dict[str, dict[str, int]]:
         if name == "forward_kernel":
             constants |= {"STATES": True, "GATES": True}
         pointers = {n: kinds[n] for n in kernel.arg_names if n in kinds}
-        options = launch.recurrent_options(DTYPE, forward=name == "forward_kernel", split=False)
+        options = launch.recurrent_options(DTYPE, forward=name == "forward_kernel", split=split)
         r = cross_compile(kernel, arch, pointers, constants, **options)
         found[name] = {
             "registers": r.registers,
@@ -228,10 +197,16 @@ def main(*, lengths: tuple[int, int] = STEPS, folder: Path = harness.RESULTS / "
         for kernel, counts in kernels.items():
             for name, line in counts.items():
                 put(stage, kernel, "sm_80", name, "per step", line.step, "one group, 16 images")
+    of_split = lines(STAGES["conv4"].hidden, lengths, executed_split)
+    for kernel, counts in of_split.items():
+        for name, line in counts.items():
+            note = "one group, 16 images, all programs"
+            put("conv4", f"{kernel}, split", "sm_80", name, "per step", line.step, note)
     for arch in plan.LAUNCH:
-        for kernel, facts in static(arch).items():
-            for name, value in facts.items():
-                put("conv4,conv5", kernel, f"sm_{arch}", name, "", value)
+        for split in (False, True):
+            for kernel, facts in static(arch, split=split).items():
+                for name, value in facts.items():
+                    put("conv4,conv5", f"{kernel}{', split' * split}", f"sm_{arch}", name, "", value)
     for name, gpu in GPUS.items():
         for batch in BATCHES:
             whole = 0.0
@@ -241,6 +216,15 @@ def main(*, lengths: tuple[int, int] = STEPS, folder: Path = harness.RESULTS / "
                 put("conv4,conv5", kernel, name, f"at least, batch {batch}", "us", micro, why)
                 whole += micro
             put("conv4,conv5", "all", name, f"at least, batch {batch}", "us", whole)
+        for batch in SPLIT_BATCHES:
+            tiles = launch.padded_batch(batch) // plan.BATCH_TILE
+            plans = plan.decide(tuple(STAGES.values()), DTYPE, gpu.arch, True, tiles, gpu.sms)
+            together = -(-plan.programs(plans) * tiles // gpu.sms)
+            for kernel in RECURRENT if plan.is_split(plans) else ():
+                clocks = split_step(gpu, of_split[kernel], plans[0].parts, together)
+                micro = sum(clocks.values()) * plans[0].steps / (gpu.ghz * 1e3)
+                note = " ".join(f"{what} {n:.0f}" for what, n in clocks.items())
+                put("conv4,conv5", f"{kernel}, split", name, f"about, batch {batch}", "us", micro, note)
         for key, value in vars(gpu).items():
             if key != "source":
                 put("", "", name, f"parameter {key}", "", value, gpu.source)

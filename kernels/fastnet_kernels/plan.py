@@ -185,9 +185,10 @@ def _carried(p: Plan) -> int:
 
 
 @cache
-def _decided(
+def decide(
     stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, save: bool, tiles: int, processors: int
 ) -> tuple[Plan, ...]:
+    """The plans of a call of so many batch tiles: split where all its programs fit the multiprocessors together."""
     split = split_plan(stages, dtype, arch, save=save)
     meetings = sum(p.groups for p in split if p.parts > 1) * tiles
     fits = programs(split) * tiles <= programs_per_sm(arch) * processors and meetings <= MEETINGS
@@ -244,7 +245,7 @@ def _multiprocessors(index: int) -> int:
 def plans_for(x: Tensor, stages: Sequence[Stage], *, save: bool) -> tuple[Plan, ...]:
     """The plans for a feature map of a call: split where all programs of a launch fit x's GPU together."""
     device, tiles = x.device, padded_batch(x.shape[0]) // BATCH_TILE
-    return _decided(tuple(stages), x.dtype, architecture(device), save, tiles, multiprocessors(device))
+    return decide(tuple(stages), x.dtype, architecture(device), save, tiles, multiprocessors(device))
 
 
 def _powers_of_two(size: int, least: int) -> tuple[tuple[int, int], ...]:
