@@ -40,9 +40,9 @@ def steps(
     *,
     backend: Literal["auto", "torch"] = "torch",
 ) -> list[Outcome]:
-    """One step of the frozen phase, then one of the whole network."""
+    """One step of the frozen phase, then one of the whole network, on the same images everywhere."""
     outcomes = []
-    with tiny_trainer(network, device, amp, data, run_dir, backend=backend) as trainer:
+    with tiny_trainer(network, device, amp, data, run_dir, backend=backend, decode="cpu") as trainer:
         for phase in range(2):
             begin(trainer, phase)
             trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": SCALE})
