@@ -33,9 +33,9 @@ from fastnet.cli import run_command
 from fastnet.config import Augment
 from fastnet.data.default import default_set
 from fastnet.data.prepared import Split
+from fastnet.input.device import train_stream
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.graph import PREFETCH, InputSpec
-from fastnet.input.streams import TrainStream
 
 BASELINE = "DataLoader, PIL"
 KEYS = ("image_size", "batch", "threads", "device", "quantity")
@@ -59,9 +59,10 @@ class Source:
 def fastnet(source: Source, size: int, threads: int, device: torch.device, *, decode: str) -> Opened:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     spec = InputSpec(size, device, dtype, decode, threads)
-    stream = TrainStream(source.split, spec, Augment(), batch_size=source.batch, seed=0)
-    yield lambda: next(stream)
-    stream.close()
+    with contextlib.closing(
+        train_stream(source.split, spec, Augment(), batch_size=source.batch, seed=0)
+    ) as stream:
+        yield lambda: next(stream)
 
 
 @pipeline_def(prefetch_queue_depth=PREFETCH)
@@ -214,7 +215,7 @@ def providers(device: torch.device) -> dict[str, Callable[..., contextlib.Abstra
     def with_decode(decode: str) -> Callable:
         return lambda *given: fastnet(*given, decode=decode)
 
-    placements = ("gpu", "cpu", "raw") if device.type == "cuda" else ("cpu", "raw")
+    placements = ("device", "gpu", "cpu", "raw") if device.type == "cuda" else ("cpu", "raw")
     rows: dict[str, Callable] = {
         BASELINE: lambda *given: loader(*given, make=pil_dataset),
         "DataLoader, decode_jpeg": lambda *given: loader(*given, make=Jpegs),
@@ -261,7 +262,7 @@ def measure(
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
                 ready[name] = timed(take, prepared, batches)
         times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 3)
-    for name in ("fastnet, decode gpu", "FFCV"):
+    for name in ("fastnet, decode device", "fastnet, decode gpu", "FFCV"):
         if name not in providers(device):
             table.note(case, name, "not run: " + ("not installed here" if name == "FFCV" else "no GPU here"))
     for name, laps in times.items():
