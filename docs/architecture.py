@@ -32,8 +32,8 @@ PLACES = {
     "input": (0.0, 3.2, 2),
     "network": (3.6, 6.4, 2),
     "distributed": (6.8, 10.0, 2),
-    "data": (0.0, 3.2, 1),
-    "fastnet_kernels": (3.6, 6.4, 1),
+    "data": (0.0, 2.2, 1),
+    "fastnet_kernels": (2.6, 6.4, 1),
     SHARED: (0.0, 10.0, 0),
 }
 CHARACTERS = 13  # that fit into one unit of a box's width
@@ -57,6 +57,8 @@ def rooms() -> tuple[dict[str, list[str]], Arrows]:
 
     def room(module: str) -> str:
         name = module.removeprefix("fastnet.").split(".")[0]
+        if name == "diagnosis":  # serves a single command
+            return "commands"
         if name in {*packages, "fastnet_kernels"}:
             return name
         if name in COMMANDS or name == "__main__":
@@ -67,7 +69,8 @@ def rooms() -> tuple[dict[str, list[str]], Arrows]:
     arrows: Arrows = defaultdict(set)
     for module in sorted(graph.modules - {"fastnet"}):
         own = room(module)
-        if module not in (f"fastnet.{own}", own):
+        inside = own == "commands" and module.count(".") > 1
+        if module not in (f"fastnet.{own}", own) and not inside:
             modules[own].append(module.rpartition(".")[2])
         for imported in graph.find_modules_directly_imported_by(module) - {"fastnet"}:
             if room(imported) not in (own, SHARED):

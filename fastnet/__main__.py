@@ -21,6 +21,7 @@ COMMANDS = {
     "figures": "loss and accuracy over training",
     "report": "one HTML page about runs: results, curves, mistakes, settings",
     "runs": "the runs below a directory, as a table",
+    "doctor": "check this machine: driver, GPUs, DALI, Triton, ranks, disk",
     "paper": "all of the paper's experiments",
 }
 USAGE = "usage: fastnet [--version] COMMAND ...\n\n" + "\n".join(

@@ -1,6 +1,6 @@
 """What every command shares: flags from dataclasses, one-line errors, exit codes, --json and --debug.
 
-Exit codes: 0 done, 2 bad input, 1 anything else.
+Exit codes: 0 done, 2 bad input, 1 anything else, such as a result that says it is not ok.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
         if not is_disk_full(error):
             raise
         fail(str(refused(error, error.filename or "the output directory")), debug="--debug" in argv)
-    sys.exit(0)
+    sys.exit(1 if result is not None and not result.get("ok", True) else 0)
 
 
 def fail(message: str, *, debug: bool, say: bool | None = None) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -13,7 +14,9 @@ import torch
 
 import fastnet
 
-VERSIONED = ("torch", "torchvision", "triton", "nvidia-dali-cuda120", "numpy", "pyarrow")
+# The package of DALI that fastnet installs, and the one that may take its place.
+DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+VERSIONED = ("torch", "torchvision", "triton", DALI[0], "numpy", "pyarrow")
 
 
 def surroundings() -> dict[str, Any]:
@@ -25,10 +28,19 @@ def surroundings() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "absent"
     return {
-        "versions": versions,
+        "versions": versions | dali_packages(),
         "git": git_revision(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
     }
+
+
+def dali_packages() -> dict[str, str]:
+    """The installed packages of DALI and their versions; more than one overwrite each other."""
+    found = {}
+    for package in DALI:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def git_revision() -> str | None:

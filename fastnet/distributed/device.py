@@ -22,9 +22,9 @@ def choose_device(choice: str = "auto", local_rank: int = 0, local_world_size: i
     if choice == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if choice == "cuda" or _has_nvidia_device():
+        if choice == "cuda" or has_nvidia_device():
             raise InputError(
-                f"--device {choice}: {_why_no_cuda()}; install a driver that fits this PyTorch, or insist on the CPU "
+                f"--device {choice}: {why_no_cuda()}; install a driver that fits this PyTorch, or insist on the CPU "
                 "with --device cpu"
             )
         return torch.device("cpu")
@@ -56,13 +56,14 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _has_nvidia_device() -> bool:
+def has_nvidia_device() -> bool:
     """Whether this process could see an NVIDIA GPU; an empty $CUDA_VISIBLE_DEVICES hides them on purpose."""
     folder, pattern = NVIDIA_DEVICES
     return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and any(folder.glob(pattern))
 
 
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
+    """What CUDA says, where torch.cuda.is_available() is false."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the latter

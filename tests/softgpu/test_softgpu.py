@@ -17,6 +17,7 @@ GROUPS = {
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
     "capture": (["check_capture.py"], []),
+    "doctor": (["check_doctor.py"], ["--devices", "2"]),
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "images": (["check_images.py"], ["--memory-mb", "512"]),

@@ -1,0 +1,68 @@
+"""DALI's decoder and resize, through the graph that training uses, against PIL."""
+
+from __future__ import annotations
+
+import io
+from contextlib import closing, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from fastnet.data.prepared import Split
+from fastnet.diagnosis.findings import Failed, Skipped
+from fastnet.input.draws import MEAN, STD
+from fastnet.input.graph import InputSpec
+from fastnet.input.streams import EvalStream
+
+SIZE, IMAGES = 64, 4
+# Between two JPEG decoders: a level for the inverse DCT and one for the chroma, and one where PIL rounds.
+MOST = 3.0
+
+
+def dali_on_cpu() -> str:
+    return f"decodes as PIL does, to {_difference(torch.device('cpu')):.1f} grey levels"
+
+
+def dali_on_gpu() -> str:
+    if not torch.cuda.is_available():
+        raise Skipped("no GPU")
+    levels = [_difference(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    return f"decodes on {len(levels)} of {len(levels)} GPUs as PIL does, to {max(levels):.1f} grey levels"
+
+
+def _difference(device: torch.device) -> float:
+    """The largest difference from PIL's pixels, in grey levels. Raises Failed if it is too large."""
+    jpegs = [_jpeg(n) for n in range(IMAGES)]
+    expected = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)), np.float32) for jpeg in jpegs])
+    ends = np.cumsum([len(jpeg) for jpeg in jpegs])
+    split = Split(
+        name="check",
+        path=Path(),
+        labels=np.zeros(IMAGES, np.int64),
+        sizes=np.full((IMAGES, 2), SIZE, np.int32),
+        table=pa.table({"name": [str(n) for n in range(IMAGES)]}),
+        mapped=np.frombuffer(b"".join(jpegs), np.uint8),
+        bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
+    )
+    spec = InputSpec(SIZE, device, torch.float32, "gpu" if device.type == "cuda" else "cpu", 1)
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with here, closing(EvalStream(split, spec, batch_size=IMAGES)) as stream:
+        (batch,) = stream
+        x = batch.x.permute(0, 2, 3, 1).cpu().numpy()  # [B, 3, S, S] -> [B, S, S, 3]
+    difference = float(np.abs(x * np.array(STD) + np.array(MEAN) - expected).max())
+    if not difference <= MOST:
+        raise Failed(f"its pixels on {device} differ from PIL's by {difference:.1f} grey levels")
+    return difference
+
+
+def _jpeg(n: int) -> bytes:
+    """Smooth, so that it survives JPEG."""
+    y, x = np.mgrid[:SIZE, :SIZE] / SIZE
+    channels = [np.sin(2 * np.pi * (x * (n + 1) + c / 3)) * np.cos(2 * np.pi * y) for c in range(3)]
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.uint8(np.stack(channels, axis=2) * 100 + 128))
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()

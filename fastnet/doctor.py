@@ -1,0 +1,77 @@
+"""Checks this machine for training: driver, GPUs, DALI, Triton, ranks, disk, memory; a line for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastnet.cli import Parser, directory, run_command
+from fastnet.diagnosis import kernels, pixels, ranks, software, storage
+from fastnet.diagnosis.findings import Check, Finding, examine
+from fastnet.errors import printable
+
+REINSTALL = "run make setup, or pip install -c constraints.txt in the repository"
+DRIVER = "install an NVIDIA driver that fits this PyTorch; a container needs --gpus all"
+
+
+def checks(data: Path, runs: Path) -> list[Check]:
+    """In the order in which what fails would keep the later ones from working."""
+    return [
+        Check("packages", software.packages, REINSTALL),
+        Check("DALI's package", software.dali_package, REINSTALL),
+        Check("driver", software.driver, DRIVER),
+        Check("CUDA", software.cuda, DRIVER),
+        Check("DALI, CPU", pixels.dali_on_cpu, REINSTALL),
+        Check(
+            "DALI, GPU",
+            pixels.dali_on_gpu,
+            "train with --decode cpu or raw; a container needs the video libraries",
+        ),
+        Check("Triton", kernels.compiler, "install gcc and Python's headers, or train with --backend torch"),
+        Check("LSTM kernels", kernels.lstm, "train with --backend torch, and report it with this output"),
+        Check("ranks", ranks.ranks, "look at NCCL_DEBUG=INFO, and at NCCL settings in docs/operations.md"),
+        Check(
+            "disk for data",
+            lambda: storage.disk(data, "data", storage.DATA_GB),
+            "free some space, or name another place with --data",
+        ),
+        Check(
+            "disk for runs",
+            lambda: storage.disk(runs, "runs", storage.RUNS_GB),
+            "free some space, or name another place with --runs",
+        ),
+        Check("shared memory", storage.shared_memory, "give the container more: --shm-size 1g"),
+    ]
+
+
+def line(finding: Finding) -> str:
+    remedy = f"; what to do: {finding.remedy}" if finding.remedy else ""
+    return printable(f"{finding.outcome:8}{finding.name:16}{finding.text}{remedy}")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    parser = Parser(
+        prog="python -m fastnet.doctor",
+        description="Checks this machine for training. Exit code 1 if something fails.",
+    )
+    given = os.environ.get("FASTNET_DATA") or "data"
+    parser.add_argument("--data", metavar="DIR", type=directory, default=Path(given), help="where data goes")
+    parser.add_argument("--runs", metavar="DIR", type=directory, default=Path("runs"), help="where runs go")
+    args = parser.parse_args(argv)
+    findings = []
+    for check in checks(args.data, args.runs):
+        findings.append(examine(check))
+        print(line(findings[-1]), flush=True)
+    healthy = all(finding.outcome != "fails" for finding in findings)
+    return {"ok": healthy, "checks": [asdict(finding) for finding in findings], "files": []}
+
+
+def cli() -> NoReturn:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
