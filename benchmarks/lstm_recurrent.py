@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.lstm_providers import Problem, Provider, cell, projections, recurrent_loop, stacked_parameters
+from fastnet_kernels.plan import architecture, is_split, plan, plans_for, split_plan
 
 
-def fused_recurrent(p: Problem) -> Provider:
+def fused_recurrent(p: Problem, *, split: bool) -> Provider:
     """The two recurrent launches by themselves, over buffers of the right shape (forward overwrites its gates)."""
     from fastnet_kernels import launch  # needs triton
 
-    plans = launch.plans_for(p.features[0], p.stages, save=True)
+    plans = (split_plan if split else plan)(p.stages, p.dtype, architecture(p.device), save=True)
     size = launch.sizes(plans, launch.padded_batch(p.batch))
     gates, dgates = (torch.randn(size.gates, device=p.device).to(p.dtype) for _ in range(2))
     h = torch.empty(size.states, dtype=p.dtype, device=p.device)
@@ -39,7 +41,10 @@ def fused_recurrent(p: Problem) -> Provider:
 
 
 def recurrent_providers(p: Problem, *, quick: bool) -> dict[str, Callable[[Problem], Provider]]:
-    """The recurrent part alone, over inputs projected beforehand, of those that it can be taken out of."""
+    """The recurrent part alone, over inputs projected beforehand, of those that it can be taken out of.
+
+    The fused one comes twice where small batches are split (see plan.py): as it is then, and as it would be otherwise.
+    """
 
     def looped(q: Problem, step: Callable) -> Provider:
         flat, weights = stacked_parameters(q, q.dtype)
@@ -51,7 +56,9 @@ def recurrent_providers(p: Problem, *, quick: bool) -> dict[str, Callable[[Probl
 
     rows: dict[str, Callable[[Problem], Provider]] = {"batched eager loop": lambda q: looped(q, cell)}
     if p.device.type == "cuda":
-        rows["fastnet (fused)"] = fused_recurrent
+        rows["fastnet (fused)"] = partial(fused_recurrent, split=False)
+        if is_split(plans_for(p.features[0], p.stages, save=True)):
+            rows["fastnet (fused, split)"] = partial(fused_recurrent, split=True)
     if not quick:
         rows["compiled cell"] = lambda q: looped(q, torch.compile(cell))
     return rows

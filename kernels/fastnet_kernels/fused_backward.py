@@ -204,7 +204,7 @@ def backward_split(gates, c, w, dout, dgates, sums, counter, j, rows, bp, P: tl.
             dh += tl.load(half + (i * R + r) * P.padded + j * P.units + u, cache_modifier=".cg")
     di, df, dg, do, dc = cell_gradient(gi, gf, gg, go, c_old, c_new, dh, dc)
     tl.store(dgates + gates_at + n, merge(di, df, dg, do, R, P.units).to(dtype))
-    leave(counter, P.steps * P.parts)
+    leave(counter, (P.steps - 1) * P.parts, P.parts)
 
 
 @triton.jit

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .gates import activate, merge, tanh
-from .meeting import arrive, wait
+from .meeting import arrive, leave, wait
 from .tiles import (
     IS_BLOCKED,
     IS_RESIDENT,
@@ -201,6 +201,7 @@ def forward_split(
         x = tl.load(gates + gates_at, mask=(t + 1 < P.steps) & (r >= 0), other=0)
     at, inside = output_tile(j, rows, P, R)
     tl.store(out + at, h_tile, mask=inside)
+    leave(counter, (P.steps + 1) * P.parts, P.parts)
 
 
 @triton.jit

@@ -11,10 +11,10 @@ Why what the others stored is seen, in the terms of PTX's memory consistency mod
     wait    every thread reads the counter itself, and each read acquires at the GPU's scope: its own loads that
             follow, through L1 or not, find what was released; no barrier is needed for that
 
-A counter only grows within a launch, so a program that is late can never miss that the others have gone on. It is
-zero at the start: pack_kernel writes the zeros in the same stream before every forward, and the backward, which
-may run again on what one forward kept, puts them back (leave). Nothing of it is up to the host, so that a CUDA graph
-replays it.
+A counter only grows while programs wait at it, so that a program that is late cannot miss that the others have gone
+on. It is zero at the start: pack_kernel writes zeros in every forward pass, earlier in the same stream, and the last
+program to leave puts them back, for a second backward from what one forward kept. Nothing of it is up to the host, so
+that a CUDA graph replays it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def wait(counter, arrivals):
 
 
 @triton.jit
-def leave(counter, arrivals):
-    """Instead of a last arrival: the last program, whose arrival makes it so many, zeroes the counter."""
-    tl.debug_barrier()  # a thread of this program may still wait
-    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == arrivals - 1:
+def leave(counter, arrivals, PARTS: tl.constexpr):
+    """This program has made its part of so many arrivals and waits no more; the last to leave zeroes the counter."""
+    tl.debug_barrier()  # until here a thread of this program may have waited
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == arrivals + PARTS - 1:
         tl.atomic_xchg(counter, 0, sem="relaxed", scope="gpu")

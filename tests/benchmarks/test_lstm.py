@@ -31,19 +31,21 @@ def test_providers_agree_with_float64(name: str) -> None:
         assert [lap for lap, _ in laps.marks] == ["start", "forward", "backward"]
 
 
-def test_the_recurrent_launches_alone() -> None:
-    """The GPU's provider, its compiled kernels run on the CPU: it gives them what they take, and no more."""
-    p = Problem([(1, 2, 16), (1, 2, 4)], 3, torch.bfloat16, CPU)
+@pytest.mark.parametrize(("hidden", "split"), [(16, False), (68, True)])
+def test_the_recurrent_launches_alone(hidden: int, split: bool) -> None:
+    """The GPU's provider, its compiled kernels run on the CPU: it gives them what they take, and no more; twice."""
+    p = Problem([(1, 2, hidden), (1, 2, 4)], 3, torch.bfloat16, CPU)
     with executed() as runs:
-        provider = lstm_recurrent.fused_recurrent(p)
+        provider = lstm_recurrent.fused_recurrent(p, split=split)
         assert provider.backward is not None
-        provider.backward(provider.forward())
+        for _ in range(2):
+            provider.backward(provider.forward())
     assert {name: len(stats) for name, stats in runs.items()} == {
         "pack_kernel": 1,
-        "forward_kernel": 1,
-        "backward_kernel": 1,
+        "forward_kernel": 2,
+        "backward_kernel": 2,
     }
-    assert not any(stats.races for (stats,) in runs.values())
+    assert not any(stats.races or stats.cta_races for both in runs.values() for stats in both)
 
 
 def test_padded_weights_change_nothing() -> None:
