@@ -26,8 +26,9 @@ FLAGS += ["--epochs", "1", "--max-steps", "6", "--precision", "fp32", "--log-eve
 @needs_compiler
 def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
     on = {"cuda": ["-m", "softgpu", "--devices", "2"], "cpu": []}
+    flags = [*FLAGS, "--decode", "cpu"]  # the same pixels for both
     for device, under in on.items():
-        train = ["-m", "fastnet.train", *FLAGS, "--data", str(tiny_set), "--run-dir", str(tmp_path / device)]
+        train = ["-m", "fastnet.train", *flags, "--data", str(tiny_set), "--run-dir", str(tmp_path / device)]
         run_python([*TORCHRUN, sys.executable, *under, *train])
     cuda, cpu = (events(tmp_path / device, "step") for device in on)
     eps = torch.finfo(torch.float32).eps
