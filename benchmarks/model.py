@@ -218,7 +218,8 @@ def main(*, lengths: tuple[int, int] = STEPS, folder: Path = harness.RESULTS / "
             put("conv4,conv5", "all", name, f"at least, batch {batch}", "us", whole)
         for batch in SPLIT_BATCHES:
             tiles = launch.padded_batch(batch) // plan.BATCH_TILE
-            plans = plan.decide(tuple(STAGES.values()), DTYPE, gpu.arch, True, tiles, gpu.sms)
+            paper = tuple(STAGES.values())
+            plans = plan.decide(paper, DTYPE, gpu.arch, save=True, tiles=tiles, processors=gpu.sms)
             together = -(-plan.programs(plans) * tiles // gpu.sms)
             for kernel in RECURRENT if plan.is_split(plans) else ():
                 clocks = split_step(gpu, of_split[kernel], plans[0].parts, together)

@@ -184,15 +184,21 @@ def _carried(p: Plan) -> int:
     return 2 * p.groups * p.padded * p.parts
 
 
-@cache
 def decide(
-    stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, save: bool, tiles: int, processors: int
+    stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool, tiles: int, processors: int
 ) -> tuple[Plan, ...]:
     """The plans of a call of so many batch tiles: split where all its programs fit the multiprocessors together."""
-    split = split_plan(stages, dtype, arch, save=save)
+    return _decide(tuple(stages), _table(dtype, arch), save, tiles, programs_per_sm(arch) * processors)
+
+
+@cache
+def _decide(
+    stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool, tiles: int, most: int
+) -> tuple[Plan, ...]:
+    split = _plan(stages, table, save, True)
     meetings = sum(p.groups for p in split if p.parts > 1) * tiles
-    fits = programs(split) * tiles <= programs_per_sm(arch) * processors and meetings <= MEETINGS
-    return split if meetings and fits else plan(stages, dtype, arch, save=save)
+    fits = 0 < meetings <= MEETINGS and programs(split) * tiles <= most
+    return split if fits else _plan(stages, table, save, False)
 
 
 def programs_per_sm(arch: int) -> int:
@@ -244,8 +250,9 @@ def _multiprocessors(index: int) -> int:
 
 def plans_for(x: Tensor, stages: Sequence[Stage], *, save: bool) -> tuple[Plan, ...]:
     """The plans for a feature map of a call: split where all programs of a launch fit x's GPU together."""
-    device, tiles = x.device, padded_batch(x.shape[0]) // BATCH_TILE
-    return decide(tuple(stages), x.dtype, architecture(device), save, tiles, multiprocessors(device))
+    arch, processors = architecture(x.device), multiprocessors(x.device)
+    tiles = padded_batch(x.shape[0]) // BATCH_TILE
+    return decide(stages, x.dtype, arch, save=save, tiles=tiles, processors=processors)
 
 
 def _powers_of_two(size: int, least: int) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,7 @@
 """Finds launch-table rows for the GPU at hand: python -m fastnet_kernels.tune --stages 4x64x196,8x64x49.
 
-Nothing is tuned by itself, at import or in a first step: put the rows it prints into LAUNCH in plan.py.
+Nothing is tuned by itself, at import or in a first step: put the rows it prints into LAUNCH in plan.py. A batch that is
+split over more programs (see plan.py) uses little of its row and says nothing about it: take a larger one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ import torch
 
 from .module import ChannelGroupLSTM
 from .naive import Stage
-from .plan import BLOCKED, LAUNCH, RESIDENT, STREAMED, Tile, architecture
+from .plan import (
+    BATCH_TILE,
+    BLOCKED,
+    LAUNCH,
+    RESIDENT,
+    STREAMED,
+    Tile,
+    architecture,
+    decide,
+    is_split,
+    multiprocessors,
+    padded_batch,
+)
 
 
 def candidates(hidden: int) -> Iterator[Tile]:
@@ -64,7 +77,23 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: tuning needs an NVIDIA GPU", file=sys.stderr)
         return 2
-    print(f"rows for sm_{architecture(torch.device('cuda'))}:")
+    device = torch.device("cuda")
+    for stage in stages:
+        tiles = padded_batch(arguments.batch) // BATCH_TILE
+        plans = decide(
+            [stage],
+            getattr(torch, arguments.dtype),
+            architecture(device),
+            save=True,
+            tiles=tiles,
+            processors=multiprocessors(device),
+        )
+        if is_split(plans):
+            print(
+                f"error: --batch {arguments.batch}: {stage} would be split; take more images", file=sys.stderr
+            )
+            return 2
+    print(f"rows for sm_{architecture(device)}:")
     for stage in stages:
         times = {
             tile: milliseconds(stage, tile, arguments.batch, getattr(torch, arguments.dtype))

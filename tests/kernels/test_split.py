@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastnet_kernels import ChannelGroupLSTM, Stage, launch
+from fastnet_kernels import ChannelGroupLSTM, Stage, launch, tune
 from fastnet_kernels.plan import (
     BATCH_TILE,
     LAUNCH,
@@ -143,6 +143,25 @@ def test_choice(batch: int, processors: int, split: bool, monkeypatch: pytest.Mo
 def test_no_cpu_call_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert not is_split(plans_for(torch.empty(1, 1, dtype=BF16), PAPER, save=True))
+
+
+def test_the_choice_follows_the_launch_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tune.py changes it: no plan of another table comes from a cache."""
+    x, stage = torch.empty(1, 1, dtype=BF16), [Stage(1, 2, 196)]
+    assert plans_for(x, stage, save=True)[0].block == 64
+    monkeypatch.setitem(LAUNCH, 80, (LAUNCH[80][2]._replace(block=32),))
+    assert plans_for(x, stage, save=True)[0].block == 32
+
+
+def test_tuning_refuses_a_batch_that_is_split(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tune", "--stages", "4x64x196", "--batch", "32"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "architecture", lambda device: 90)
+    monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    assert tune.main() == 2
+    assert "--batch 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arch", LAUNCH)
