@@ -278,7 +278,7 @@ class Trainer:
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
             runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
-            prepare_kernels(config, runtime, chosen["lstm_backend"])
+            prepare_kernels(config, runtime, chosen["lstm_backend"], self.train_stream)
             if self.saved:
                 self.say(f"continues after step {self.state.step}")
             with runtime.agree():

@@ -42,8 +42,10 @@ def compiling() -> Iterator[Counter[str]]:
         kernel.run  # noqa: B018  (makes the launcher and loads the kernel)
         return kernel
 
-    def note(*, cache_hit: bool, **_: Any) -> None:
+    def note(*, cache_hit: bool, **told: Any) -> None:
         seen["found" if cache_hit else "compiled"] += 1
+        if listener is not None:
+            listener(cache_hit=cache_hit, **told)
 
     JITFunction.run, knobs.compilation.listener = compile_only, note
     try:
@@ -56,10 +58,11 @@ def compiling() -> Iterator[Counter[str]]:
         JITFunction.run, knobs.compilation.listener = run, listener
 
 
-def compile_lstms(
+def launch_lstms(
     stages: Sequence[Stage], dtype: torch.dtype, device: torch.device, batch: int, *, needs_dx: bool
-) -> Counter[str]:
-    """Compiles what training and inference of these stages launch at `batch` images; see `compiling`.
+) -> None:
+    """Launches all that training and inference of these stages do at `batch` images, on memory that nobody wrote: for
+    use inside `compiling`.
 
     needs_dx: whether the gradient of the feature maps is computed as well.
     """
@@ -78,8 +81,6 @@ def compile_lstms(
         )
         for s in stages
     ]
-    with compiling() as seen, torch.no_grad():
-        launch.forward(features, weights, stages, save=False, recompute=False)
-        out, *saved = launch.forward(features, weights, stages, save=True, recompute=False)
-        launch.backward(out, features, weights, stages, *saved, needs_dx=needs_dx)
-    return seen
+    launch.forward(features, weights, stages, save=False, recompute=False)
+    out, *saved = launch.forward(features, weights, stages, save=True, recompute=False)
+    launch.backward(out, features, weights, stages, *saved, needs_dx=needs_dx)
