@@ -128,7 +128,8 @@ def images_kernel(
     DOWN: tl.constexpr = SIZE // ROWS
     tile = tl.program_id(0) % (DOWN * ACROSS)
     sample = (tl.program_id(0) // (DOWN * ACROSS)).to(tl.int64)
-    row = table + (tl.load(counter) % steps * rows_per_step + first + sample) * WORDS
+    step = tl.load(counter).to(tl.int32) % steps
+    row = table + (step.to(tl.int64) * rows_per_step + first + sample) * WORDS
     index = tl.load(row)
     top = tl.load(row + 1).to(tl.float32, bitcast=True)
     left = tl.load(row + 2).to(tl.float32, bitcast=True)
