@@ -22,13 +22,12 @@ import torch
 
 from benchmarks import harness
 from benchmarks.model_counts import DTYPE, STEPS, Line, executed_split, lines
-from benchmarks.model_tables import tables
+from benchmarks.model_tables import SPLIT, tables
 from fastnet_kernels import Stage, fused_backward, fused_forward, launch, plan
 from ptxrun import cross_compile
 
 STAGES = {"conv4": Stage(4, 64, 196), "conv5": Stage(8, 64, 49)}  # the paper's
 BATCHES = (32, 64, 256, 1024)
-SPLIT_BATCHES = (32, 64, 96)
 RECURRENT = ("forward_kernel", "backward_kernel")
 
 
@@ -216,7 +215,7 @@ def main(*, lengths: tuple[int, int] = STEPS, folder: Path = harness.RESULTS / "
                 put("conv4,conv5", kernel, name, f"at least, batch {batch}", "us", micro, why)
                 whole += micro
             put("conv4,conv5", "all", name, f"at least, batch {batch}", "us", whole)
-        for batch in SPLIT_BATCHES:
+        for batch in SPLIT:
             tiles = launch.padded_batch(batch) // plan.BATCH_TILE
             paper = tuple(STAGES.values())
             plans = plan.decide(paper, DTYPE, gpu.arch, save=True, tiles=tiles, processors=gpu.sms)

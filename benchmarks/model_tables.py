@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 KERNELS = ("forward_kernel", "backward_kernel")  # the recurrent ones
 BATCH = 256
-SMALL, SPLIT = 32, (32, 64, 96)
+SMALL, SPLIT = 32, (32, 64, 80)
 WORK = {  # row of the table -> quantity, its unit in the table
     "tensor-core instructions (m16n8k16)": ("mma", ""),
     "warp instructions": ("instructions", ""),

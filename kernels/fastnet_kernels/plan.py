@@ -27,6 +27,9 @@ RESIDENT, STREAMED, BLOCKED = 0, 1, 2
 # every step (BLOCKED), and meets the others of its group and rows once a step (see meeting.py).
 # A program of such a launch has 128 threads of up to 255 registers and, at most:
 SPLIT_SHARED_KB = 80
+# Multiprocessors left to kernels that wait for another GPU, which are NCCL's: even with these there all programs have
+# a place, so that neither can hold up the other for ever.
+LEFT_FREE = 32
 MEETINGS = 64  # (group, batch tile) pairs that there are counters for, forward and backward each
 COUNTER_STRIDE = 32  # int32: each has a cache line to itself
 # Room for them among elements of 16 bits, and more than that among float32.
@@ -188,7 +191,8 @@ def decide(
     stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool, tiles: int, processors: int
 ) -> tuple[Plan, ...]:
     """The plans of a call of so many batch tiles: split where all its programs fit the multiprocessors together."""
-    return _decide(tuple(stages), _table(dtype, arch), save, tiles, programs_per_sm(arch) * processors)
+    most = programs_per_sm(arch) * max(0, processors - LEFT_FREE)
+    return _decide(tuple(stages), _table(dtype, arch), save, tiles, most)
 
 
 @cache
