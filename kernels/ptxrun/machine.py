@@ -111,6 +111,7 @@ class CTA:
 
     def released(self) -> None:
         """A barrier of the whole CTA completed."""
+        self.run.order.meet(self)
         self.tick()
         self.barrier = self.now
         self.counts["barriers"] += 1

@@ -138,8 +138,8 @@ class Shadow:
             return
         bad = (old >= cta.barrier) & (((old ^ stamp) & WARP_MASK) != 0)
         if not own_only:
-            before = cta.run.order.before
-            bad = np.where(old >> SEQ == cta.seq, bad, (old != 0) & ~before(old, cta))
+            before = cta.run.order.before(old, cta, stamp & WARP_MASK)
+            bad = np.where(old >> SEQ == cta.seq, bad, (old != 0) & ~before)
         if same is not None and bad.any():  # a second write of the same value is harmless
             bad &= ~same().all(1, keepdims=True)
         if bad.any():
@@ -154,27 +154,35 @@ class Order:
     """Which accesses of other CTAs happened before, through release/acquire operations: vector clocks."""
 
     def __init__(self, ctas: int, warps: int) -> None:
-        self.shape = (ctas + 1, warps)
-        self.seen: dict[int, np.ndarray] = {}  # CTA -> clock of each (CTA, warp) that it knows of
+        self.shape = (warps, ctas + 1, warps)
+        self.seen: dict[
+            int, np.ndarray
+        ] = {}  # CTA -> by warp, the clock of each (CTA, warp) that it knows of
         self.released: dict[int, np.ndarray] = {}  # address -> the same, as published there
 
     def synchronise(
         self, cta: CTA, addresses: Iterable[int], warps: Iterable[int], acquire: bool, release: bool
     ) -> None:
         seen = self.seen.setdefault(cta.seq, np.zeros(self.shape, np.int64))
-        addresses = set(addresses)
+        addresses, own = set(addresses), sorted(set(warps))
         for a in addresses & self.released.keys() if acquire else ():
-            np.maximum(seen, self.released[a], out=seen)
+            seen[own] = np.maximum(seen[own], self.released[a])
         if release:  # publishes what precedes the last barrier, and the releasing warps' own accesses
-            seen[cta.seq] = np.maximum(seen[cta.seq], (cta.barrier >> CLOCK & CLOCK_MASK) - 1)
-            seen[cta.seq, list(warps)] = cta.clock
+            known = seen[own].max(0)
+            known[cta.seq] = np.maximum(known[cta.seq], (cta.barrier >> CLOCK & CLOCK_MASK) - 1)
+            known[cta.seq, own] = cta.clock
             for a in addresses:
-                self.released[a] = np.maximum(self.released.get(a, 0), seen)
+                self.released[a] = np.maximum(self.released.get(a, 0), known)
             cta.tick()
 
-    def before(self, old: np.ndarray, cta: CTA) -> np.ndarray:
-        """Which of the accesses `old` happened before what `cta` does now."""
+    def meet(self, cta: CTA) -> None:
+        """A barrier of the whole CTA: all of its warps know what one of them knew."""
+        if cta.seq in self.seen:
+            self.seen[cta.seq][:] = self.seen[cta.seq].max(0)
+
+    def before(self, old: np.ndarray, cta: CTA, warp: np.ndarray) -> np.ndarray:
+        """Which of the accesses `old` happened before what these warps of `cta` do now."""
         seen = self.seen.get(cta.seq)
         if seen is None:
             return np.zeros(old.shape, bool)
-        return seen[old >> SEQ, old & WARP_MASK] >= (old >> CLOCK & CLOCK_MASK)
+        return seen[warp, old >> SEQ, old & WARP_MASK] >= (old >> CLOCK & CLOCK_MASK)

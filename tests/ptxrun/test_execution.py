@@ -315,6 +315,31 @@ def test_a_warp_publishes_its_own_writes(order: str, racy: bool) -> None:
 
 
 @SCHEDULES
+@pytest.mark.parametrize(("barrier", "racy"), [("", {1}), ("bar.sync 0;", set())])
+def test_what_one_warp_acquires_the_others_have_after_a_barrier(
+    barrier: str, racy: set[int], schedule: str
+) -> None:
+    """CTA 0 writes and releases; in CTA 1 warp 0 waits for it, and both warps read."""
+    st = launch(
+        ptx_kernel(f"""mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; setp.ge.u32 %p2, %r1, 32;
+        setp.eq.u32 %p3, %r1, 0; and.pred %p3, %p3, %p1;
+        @%p1 st.global.b32 [%rd10], %r1; bar.sync 0;
+        @%p3 red.release.gpu.global.add.u32 [%rd1+256], 1;
+        @%p1 bra END; @%p2 bra READ;
+        WAIT: ld.acquire.gpu.global.u32 %r4, [%rd1+256]; setp.eq.u32 %p4, %r4, 0; @%p4 bra WAIT;
+        READ: {barrier} ld.global.b32 %r5, [%rd10];
+        END: ret;"""),
+        (2,),
+        [np.zeros(65, np.uint32)],
+        2,
+        16,
+        schedule=schedule,
+        resident=2,
+    )
+    assert {race.warps[1] for race in st.cta_races} == racy and st.races == []
+
+
+@SCHEDULES
 def test_copies_are_committed_and_awaited_by_lane(schedule: str) -> None:
     """Half a warp commits: only its copies land at the wait, and what it stores then stays."""
     x, out = np.arange(100, 132, dtype=np.uint32), np.zeros((3, 32), np.uint32)
