@@ -60,6 +60,8 @@ class TrainStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()  # to none; Apex's FusedSGD takes no argument
+            if self.average:
+                self.average.update()
         self.batches.count()
 
     def backward(self, x: Tensor, y: Tensor) -> None:

@@ -191,6 +191,44 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
             load_backbone(network, 18, str(tmp_path / file))
 
 
+def test_partial_weights_say_what_is_left(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18().state_dict()
+    kept = {name: value for name, value in state.items() if not name.startswith("layer4.1.")}
+    torch.save({**kept, "layer4.0.conv1.weight": torch.zeros(1)}, tmp_path / "part.pth")
+    network = Network(Config(image_size=64), 5)
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer4\.0\.conv1\.weight"):
+        load_backbone(network, 18, str(tmp_path / "part.pth"))
+    note = load_backbone(network, 18, str(tmp_path / "part.pth"), partial=True)
+    left = "layer4.0.conv1, layer4.1.conv1, layer4.1.bn1, layer4.1.conv2, layer4.1.bn2"
+    assert note.endswith(f"took {len(kept) - 3} tensors, left at random: {left}")
+    for name, value in network.backbone.state_dict().items():
+        at_random = name.startswith(("layer4.1.", "layer4.0.conv1."))
+        assert torch.equal(value, before[name] if at_random else state[name]), name
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"has no tensor conv1\.weight"):
+        load_backbone(network, 18, str(tmp_path / "other.pth"), partial=True)
+
+
+def test_the_small_stem_keeps_the_resolution() -> None:
+    """conv2 sees each pixel, and the LSTMs' sizes follow."""
+    config = Config(network="lstm", image_size=32, stem="small")
+    assert config.lstm_stages == [(4, 64, 64), (8, 64, 16)]
+    network, x = Network(config, 3).eval(), images(config)
+    assert [tuple(f.shape[2:]) for f in network.features(x)] == [(8, 8), (4, 4)]
+    assert network.logits(x).shape == (len(x), 3)
+
+
+def test_mirrored_images_have_the_same_averaged_scores() -> None:
+    network = Network(Config(image_size=64, flip_average=True), 5).eval()
+    x = images(Config(image_size=64))
+    mirrored = x.flip(3)
+    assert torch.equal(network(x), network(mirrored)) and not torch.equal(network.logits(x), network(x))
+    network.train()
+    assert not torch.equal(network(x), network(mirrored))
+
+
 def test_checkpoint_of_another_network_is_named(tmp_path: Path) -> None:
     baseline = Network(Config(image_size=64), 5)
     lstm = Network(Config(network="lstm", image_size=64), 5)

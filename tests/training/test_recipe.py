@@ -1,0 +1,107 @@
+"""What a recipe adds to plain training: moving averages, clipping, rates by stage, frozen stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastnet import evaluate
+from fastnet.config import Config, sample
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import Runtime
+from fastnet.network.network import Network
+from fastnet.training.checkpoint import load
+from fastnet.training.phases import make_optimizer, plan
+from fastnet.training.trainer import Trainer
+from tests.support.runs import assert_equal, assert_same_end, events
+from tests.support.tiny import run_here
+
+BASELINE = ["--network", "baseline", "--head-epochs", "0", "--epochs", "2"]
+
+
+def trainer(data: Path, run: Path, **settings: object) -> Trainer:
+    config = replace(sample("baseline"), image_size=32, batch_size=8, epochs=1, **settings)
+    return Trainer(config, default_set(data), run, Runtime(torch.device("cpu")))
+
+
+def test_the_moving_average_is_the_sum_it_is_defined_by(tiny_set: Path, tmp_path: Path) -> None:
+    decay, steps = 0.5, 4
+    made = trainer(tiny_set, tmp_path / "run", ema=decay)
+    made.resume()
+    name = "classifier.weight"
+    expected = made.network.state_dict()[name].clone().double()
+    with made.resources():
+        made.begin_phase()
+        for step in range(steps):
+            made.train_step()
+            share = 1 - min(decay, (1 + step) / (10 + step))
+            expected += share * (made.network.state_dict()[name].double() - expected)
+    assert made.average is not None
+    average = made.average.network.state_dict()[name].double()
+    # A difference, a product and a sum a step, each rounded once.
+    eps = torch.finfo(torch.float32).eps
+    assert (average - expected).norm() <= 3 * steps * eps * expected.norm()
+
+
+def test_a_run_with_an_average_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
+    """It is what is validated and what later commands use."""
+    flags = [*BASELINE, "--ema", "0.8", "--flip-average"]
+    run_here(tiny_set, tmp_path / "whole", *flags)
+    for stop in ("3", "5"):
+        run_here(tiny_set, tmp_path / "parts", *flags, "--max-steps", stop)
+    run_here(tiny_set, tmp_path / "parts", *flags)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    saved = load(tmp_path / "whole" / "last.pt")
+    assert saved.average and saved.result is saved.average
+    assert_equal(saved.average, load(tmp_path / "parts" / "last.pt").average)
+    scores = evaluate.main([str(tmp_path / "whole"), "--data", str(tiny_set), "--checkpoint", "last"])
+    last = events(tmp_path / "whole", "epoch")[-1]
+    assert scores["top1"] == last["val_top1"] and scores["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+
+
+def test_clipping_bounds_the_step(tiny_set: Path, tmp_path: Path) -> None:
+    """Without momentum and weight decay a step moves the weights by the rate times the gradient's norm."""
+    limit, moved = 1e-3, {}
+    for clip in (0.0, limit):
+        plain = {"momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0, "clip_grad": clip}
+        made = trainer(tiny_set, tmp_path / str(clip), **plain)
+        made.resume()
+        with made.resources():
+            made.begin_phase()
+            before = [p.detach().clone() for p in made.network.parameters()]
+            made.train_step()
+            now = list(made.network.parameters())
+            moved[clip] = torch.cat([(a - b).flatten() for a, b in zip(now, before, strict=True)]).norm()
+    rate = sample("baseline").lr
+    assert moved[0.0] > 10 * rate * limit
+    # Each weight is rounded to float32 once more when the step is taken: the step is small beside it.
+    assert moved[limit].item() == pytest.approx(rate * limit, rel=1e-2)
+
+
+def test_rates_fall_from_the_head_to_the_first_convolution() -> None:
+    network = Network(Config(network="lstm", image_size=32), 3)
+    config = Config(network="lstm", image_size=32, layer_decay=0.5)
+    optimizer = make_optimizer(plan(config)[-1], network, config)
+    names = {id(p): name for name, p in network.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(scales) == len(names)
+    found = {name: scales[f"{name}.weight"] for name in ("classifier", "backbone.conv1", "backbone.bn1")}
+    assert found == {"classifier": 1.0, "backbone.conv1": 0.5**5, "backbone.bn1": 0.5**5}
+    for depth, layer in enumerate(("layer4", "layer3", "layer2", "layer1"), start=1):
+        assert scales[f"backbone.{layer}.0.conv1.weight"] == 0.5**depth
+    assert all(scale == 1.0 for name, scale in scales.items() if name.startswith("lstm."))
+
+
+def test_a_frozen_prefix_stays_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
+    """The stages behind it train, and so do their batch norms."""
+    flags = [*BASELINE, "--freeze", "conv4"]
+    run_here(tiny_set, tmp_path / "run", *flags, "--max-steps", "1")
+    start = load(tmp_path / "run" / "last.pt").model
+    run_here(tiny_set, tmp_path / "run", *flags)
+    end = load(tmp_path / "run" / "last.pt").model
+    for name, tensor in end.items():
+        frozen = name.startswith("backbone.") and ".layer4." not in name
+        assert torch.equal(tensor, start[name]) == frozen, name
