@@ -17,9 +17,9 @@ DistributedDataParallel made on a stream of its own are kept here. NCCL's error 
 given what is captured, and torch has it finish what it has before a capture begins; that a replay hangs is therefore
 seen by `--timeout` only, where the ranks next talk by gloo. What NCCL asks of its user:
 
-* A capture is made by all ranks or by none, and so is a replay: `agree` has all of them go on with plain steps where one
-  failed. To register buffers, NCCL may talk within a capture (NVLink SHARP), and ranks whose capture went well would
-  wait there for one whose capture broke off; the latter ends them all after `--timeout`.
+* A capture is made by all ranks or by none, and so is a replay: `agree` has all of them go on with plain steps where
+  one failed. To register buffers, NCCL may talk within a capture (NVLink SHARP), and ranks whose capture went well
+  would wait there for one whose capture broke off; the latter ends them all after `--timeout`.
 * Replays and the sums and broadcasts between them (counts, validation) are on one stream, hence in one order on all
   ranks; NCCL mixes both by default (NCCL_GRAPH_MIXING_SUPPORT).
 * A communicator cannot be destroyed while a graph has its collectives; it waits for ever (pytorch issue 115388). So a
@@ -44,8 +44,8 @@ from fastnet.training.phases import Phase
 from fastnet.training.step import TrainStep, set_learning_rate
 
 COMPARED = 4  # steps, plain and replayed
-# DistributedDataParallel waits for events in the first ten steps, to time them, and in every hundredth: a capture refuses
-# that (torch's notes on CUDA graphs). The capture is of the sixteenth or the seventeenth.
+# DistributedDataParallel waits for events in the first ten steps, to time them, and in every hundredth: a capture
+# refuses that (torch's notes on CUDA graphs). The capture is of the seventeenth.
 WARMUP = 11
 # Small enough that no gradient overflows in fp16: steps that are skipped would agree whatever the graph does.
 REHEARSAL_SCALE = 2.0**7

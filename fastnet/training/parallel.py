@@ -54,8 +54,8 @@ def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def dismiss(model: nn.Module) -> None:
-    """Ends `model`, whose network is about to be wrapped anew. After a backward pass that broke off, DDP would count the
-    next one's gradients to it, and sum them on this rank alone."""
+    """Ends `model`, whose network is about to be wrapped anew. After a backward pass that broke off, DDP would count
+    the next one's gradients to it, and sum them on this rank alone."""
     if isinstance(model, DistributedDataParallel):
         model._remove_autograd_hooks()
 

@@ -38,6 +38,11 @@ def record(graph: int, action: Callable[[], object]) -> None:
     _tapes.setdefault(graph, []).append(action)
 
 
+def is_alive(graph: int) -> bool:
+    """Whether something was recorded for `graph`, and its executable form is not destroyed."""
+    return graph in _tapes
+
+
 def _on_captured(graph: int, what: bytes, to: int, source: int, n: int, value: int) -> None:
     keep(graph, [(to, n)])
     if what == b"copy":

@@ -46,6 +46,16 @@ def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.xdist_group("ranks")
 @needs_compiler
+def test_gradients_are_summed_in_the_graph(tiny_set: Path, tmp_path: Path) -> None:
+    """And where one rank's capture breaks off, both go on with plain steps."""
+    inside = ["-m", "softgpu", "--devices", "2", "-m", "tests.softgpu.captured_ranks"]
+    run_python([*TORCHRUN, sys.executable, *inside, str(tiny_set), str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.xdist_group("ranks")
+@needs_compiler
 def test_full_memory_of_one_rank_ends_both(tiny_set: Path, tmp_path: Path) -> None:
     """The other one waits for its gradients. One line for both, and exit code 2 from each."""
     # ResNet-18's weights, momentum and gradients are 45 MB each, and activations come on top.

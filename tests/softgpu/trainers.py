@@ -26,12 +26,16 @@ def tiny_trainer(
     run_dir: Path,
     *,
     backend: Literal["auto", "torch"] = "auto",
+    runtime: Runtime | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
-    """A trainer with its resources open, before its first phase. Its steps are plain ones, not CUDA graphs."""
+    """A trainer with its resources open, before its first phase. Its steps are plain ones, not CUDA graphs.
+
+    `runtime`: one rank's among several, in place of `device` and `amp`.
+    """
     tiny = {"image_size": 32, "batch_size": 8, "head_epochs": 1, "epochs": 1, "warmup": 0.0, "threads": 1}
     config = replace(sample(network), backend=backend, **{**tiny, "cuda_graph": "off", **settings})
-    runtime = Runtime(torch.device(device), amp=amp)
+    runtime = runtime or Runtime(torch.device(device), amp=amp)
     trainer = Trainer(config, default_set(data), run_dir / f"{network} {device} {amp}", runtime)
     trainer.resume()
     with trainer.resources():

@@ -129,7 +129,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
     c->over = 1; /* not freed: streams and events that joined still point to it */
     stream_of(s)->capture = NULL;
     if (on_graph) on_graph(c->graph->id, CAPTURE_ENDED);
-    if (c->invalid) return failed(cudaErrorStreamCaptureInvalidated);
+    if (c->invalid) {
+        if (on_graph) on_graph(c->graph->id, GRAPH_DESTROYED);
+        return failed(cudaErrorStreamCaptureInvalidated);
+    }
     *g = (cudaGraph_t)c->graph;
     return cudaSuccess;
 }

@@ -124,7 +124,8 @@ def test_a_replayed_step_keeps_its_budget(network: str, decode: str, tiny_set: P
             plain.batches = trainer.batches.fixed(torch.bfloat16)
             for _ in range(STEPS_BEFORE):
                 plain()
-            trainer.step = CapturedStep(plain)
+            trainer.step = replayed = CapturedStep(plain)
+            replayed.capture()
             found[phase] = step_costs(trainer, "graph_launches", "d2d", "events")
     committed = json.loads(BUDGETS.read_text())["replayed"][network][decode]
     assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"

@@ -14,11 +14,13 @@ import softgpu
 from fastnet.errors import InputError
 from fastnet.metrics import Counter
 from fastnet.training import capture, trainer
+from fastnet.training.batches import Copied
 from fastnet.training.capture import CapturedStep
 from fastnet.training.trainer import Trainer
 from tests.softgpu.trainers import begin, tiny_trainer
 
 STEPS = 3
+RECIPE = {"ema": 0.9, "clip_grad": 1.0, "layer_decay": 0.5}
 
 
 def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
@@ -31,6 +33,9 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
             for _ in range(STEPS):
                 made.train_step()
             ends.append({**made.network.state_dict(), "counter": made.counter.sums})
+            if made.average:
+                average = made.average.network.state_dict()
+                ends[-1] |= {f"average {name}": tensor for name, tensor in average.items()}
             ends[-1] = {name: tensor.clone() for name, tensor in ends[-1].items()}
         session = json.loads((made.run_dir / "manifest.json").read_text())["sessions"][-1]
     return ends, session
@@ -39,7 +44,7 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
 @pytest.mark.parametrize(
     ("network", "amp", "settings"),
     [
-        ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu"}),
+        ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu", **RECIPE}),
         ("lstm", torch.bfloat16, {"decode": "raw"}),
         ("baseline", torch.bfloat16, {"decode": "device"}),
     ],
@@ -99,13 +104,14 @@ def test_a_rate_that_the_graph_does_not_see_is_found_out(
 def test_a_batch_that_the_graph_does_not_see_is_found_out(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = CapturedStep.__init__
+    taken = CapturedStep.capture
 
-    def stale(self: CapturedStep, step: Any) -> None:
-        taken(self, step)
-        step.batches.x = [x.clone() for x in step.batches.x]
+    def stale(self: CapturedStep) -> None:
+        taken(self)
+        assert isinstance(self.batches, Copied)
+        self.batches.x = [x.clone() for x in self.batches.x]
 
-    monkeypatch.setattr(CapturedStep, "__init__", stale)
+    monkeypatch.setattr(CapturedStep, "capture", stale)
     given = {"network": "baseline", "amp": torch.bfloat16, "decode": "cpu"}
     _, session = trained(tmp_path / "run", tiny_set, cuda_graph="auto", **given)
     assert session["cuda_graph_full"].startswith("off, 4 replayed steps end ")
