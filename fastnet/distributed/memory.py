@@ -40,7 +40,10 @@ def _is_of_memory(error: BaseException) -> bool:
 def _described(device: torch.device) -> str:
     if device.type != "cuda":
         return f"this machine ({machine_memory() / 2**30:.1f} GiB)"
-    properties = torch.cuda.get_device_properties(device)
+    try:
+        properties = torch.cuda.get_device_properties(device)
+    except RuntimeError:  # no room even for CUDA's own part
+        return str(device)
     own = torch.cuda.memory_stats(device).get("reserved_bytes.all.peak", 0)
     return (
         f"{device} ({properties.name}, {properties.total_memory / 2**30:.1f} GiB, of which PyTorch held "
