@@ -34,8 +34,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.plot --quick
 
-# Under ten minutes on one GPU: its tests, the benchmarks and a short profile.
+# Under ten minutes on one GPU: is the machine fit, then its tests, the benchmarks and a short profile.
 gpu: setup
+	-$(BIN)/python -m fastnet.doctor
 	$(BIN)/python -m benchmarks.on_gpu
 
 # Versions stay as they are unless UPGRADE=--upgrade.

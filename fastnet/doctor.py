@@ -35,7 +35,7 @@ def checks(data: Path, runs: Path) -> list[Check]:
         Check("ranks", ranks.ranks, "look at NCCL_DEBUG=INFO, and at NCCL settings in docs/operations.md"),
         Check(
             "disk for data",
-            lambda: storage.disk(data, "data", storage.DATA_GB),
+            lambda: storage.disk_for_data(data),
             "free some space, or name another place with --data",
         ),
         Check(

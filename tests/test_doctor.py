@@ -47,6 +47,15 @@ def test_a_failure_is_told_with_what_to_do_and_by_the_exit_code(
     assert second.startswith("ok      disk for data")
 
 
+def test_a_set_that_is_there_needs_no_room(
+    tiny_set: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(storage, "DATA_GB", 1e9)
+    assert "a prepared set" in storage.disk_for_data(tiny_set)
+    with pytest.raises(Failed, match=r"GB free, data take 1000000000\.0 GB"):
+        storage.disk_for_data(tmp_path / "new")
+
+
 def test_whatever_a_check_raises_is_a_finding() -> None:
     def finding(error: Exception) -> Finding:
         def run() -> str:

@@ -20,6 +20,13 @@ SHARED = Path("/dev/shm")
 SHARED_GB_PER_GPU = 0.125  # as docs/operations.md has it
 
 
+def disk_for_data(path: Path) -> str:
+    """As `disk`; a set that is there already needs no room and may be read-only."""
+    if (path / "set.json").exists():
+        return f"{path}: a prepared set, {shutil.disk_usage(path).free / GB:.1f} GB free"
+    return disk(path, "data", DATA_GB)
+
+
 def disk(path: Path, what: str, needed_gb: float) -> str:
     """Free space and speed of writing where `path` is, or is to be made."""
     there = path.absolute()
@@ -29,8 +36,6 @@ def disk(path: Path, what: str, needed_gb: float) -> str:
     if free < needed_gb:
         raise Failed(f"{there}: {free:.2f} GB free, {what} take {needed_gb} GB")
     if not os.access(there, os.W_OK):
-        if what == "data" and path.exists():
-            return f"{path}: read-only, {free:.1f} GB free"
         raise Failed(f"{there}: not writable")
     return f"{there}: {free:.1f} GB free, writes {_speed(there):.0f} MB/s"
 
