@@ -8,6 +8,6 @@ command -v compute-sanitizer >/dev/null || { echo "error: compute-sanitizer is n
 for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-regex kns=kernel \
-        "$python" -m pytest -p no:cacheprovider -o timeout=0 tests/kernels/test_gpu.py \
+        "$python" -m pytest -m gpu -p no:cacheprovider -o timeout=0 tests/kernels/test_gpu.py \
         -k "test_hidden_sizes and (bfloat16 or float16) and (37 or 196 or 784)"
 done
