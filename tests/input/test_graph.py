@@ -203,7 +203,7 @@ def test_the_check_of_the_gpu_graph_can_fail(monkeypatch: pytest.MonkeyPatch, wr
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
 @pytest.mark.parametrize("decode", ["gpu", "cpu", "raw"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gpu_pixels_are_those_of_the_cpu(train: Split, decode: str, policy: str) -> None:

@@ -12,7 +12,7 @@ from tests.support.kernels import failures, feature_maps
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu"),
 ]
 PAPER = [(4, 64, 196), (8, 64, 49)]
 

@@ -142,7 +142,7 @@ def test_lstms_beyond_the_kernels_limit_train_with_torch(tiny_set: Path, tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_both_phases_train_on_a_gpu(backend: str, precision: str, tiny_set: Path, tmp_path: Path) -> None:
