@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastnet.diagnosis.findings import Failed
+from fastnet.diagnosis.findings import Failed, Skipped
 from fastnet.diagnosis.meeting import GRADIENTS
 from fastnet.distributed.launch import launch_command
 
@@ -17,6 +17,8 @@ MEETING, PATIENCE = "fastnet.diagnosis.meeting", 60.0
 def ranks() -> str:
     """They meet as in training, and sum as many numbers as a step does."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 1:
+        raise Skipped("one GPU trains in one process")
     count, kind = (gpus, "NCCL") if gpus else (2, "gloo, on the CPU")
     command = launch_command(Path(MEETING), [PATIENCE], ranks=count, options=["--standalone", "-m"])
     try:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastnet import doctor
-from fastnet.diagnosis import kernels, software
-from fastnet.diagnosis.findings import Failed
+from fastnet.diagnosis import kernels, ranks, software
+from fastnet.diagnosis.findings import Failed, Skipped
 
 
 def test_every_check_passes(
@@ -25,6 +25,12 @@ def test_every_check_passes(
     lines = capsys.readouterr().out
     assert [check["outcome"] for check in result["checks"]] == ["ok"] * len(result["checks"]), lines
     assert "2 x softgpu" in lines and "2 over NCCL" in lines and "compiles for sm_80" in lines
+
+
+def test_one_gpu_has_no_ranks_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Skipped, match="one GPU trains in one process"):
+        ranks.ranks()
 
 
 def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
