@@ -89,8 +89,11 @@ def test_work_of_a_step() -> None:
     assert backward.unique["carry"] == (2 * 7 * rows * padded * 4, 2 * 7 * rows * padded * 4)
 
 
-def test_inference_and_second_backward() -> None:
-    """Two slots of h in turn; and counters that a backward leaves as it found them."""
+def test_inference_and_second_backward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two slots of h in turn; and counters that a backward leaves as it found them. Said once."""
+    monkeypatch.setattr(launch, "_said", False)
     module, batch = ChannelGroupLSTM([(1, 4, 68)]), 2
     x = [f.to(BF16).contiguous(memory_format=torch.channels_last) for f in feature_maps(module.stages, batch)]
     dout = torch.ones(batch, module.out_features, dtype=BF16)
@@ -100,6 +103,7 @@ def test_inference_and_second_backward() -> None:
         expected, *saved = launch.forward(*given, save=True, recompute=False)
         (first,), (of_first,) = launch.backward(dout, *given, *saved, needs_dx=True)
         (second,), (of_second,) = launch.backward(dout, *given, *saved, needs_dx=True)
+    assert capsys.readouterr().err.count("batches of 2 split over programs (3 for 68 units)") == 1
     assert_split_and_clean(runs, 3)
     assert torch.equal(y, expected) and torch.equal(first, second)
     assert all(torch.equal(a, b) for a, b in zip(of_first, of_second, strict=True))
