@@ -3,11 +3,12 @@
 # mypy: ignore-errors
 """The recurrent part of the forward pass in Triton: one launch for all groups of all stages.
 
-A program owns one group and R = BATCH_TILE rows of the batch, for all steps; programs never read what another wrote.
+A program owns one group and R = BATCH_TILE rows of the batch, for all steps; or, where the group is split, one chunk of
+its units, and then reads what the others of the group wrote after it has met them (meeting.py). No other programs do.
 What lies where, per program (legend in plan.py):
 
-    registers       accumulators, h_{t-1} as the operand of the dots; RESIDENT also W_hh, h and c
-    shared memory   tiles in flight from global memory: of W_hh, the gates, c
+    registers       accumulators, h_{t-1} as the operand of the dots; RESIDENT also W_hh, h and c; split also c
+    shared memory   tiles in flight from global memory: of W_hh, the gates, c; split a chunk's columns of W_hh to stay
     global memory   gates [G, T, Bp, 4*Hp]   pre-activations in, activated gates out, in place
                     h, c  [G, slots, Bp, Hp] slot t holds h_{t-1}, c_{t-1}; slot 0 zeros; inference has two slots
                     W_hh  [G, C, Hp, N]      packed, so that every copy of it is 16 bytes wide
@@ -148,10 +149,10 @@ def forward_split(
     gates, h, c, w, out, counter, j, rows, bp,
     P: tl.constexpr, STATES: tl.constexpr, GATES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Chunk j of the hidden units; the other chunks' h_{t-1} come from the programs that have them.
+    """Chunk j of the hidden units; the other chunks' h_{t-1} come from the programs that own them.
 
-    One meeting a step, after h is stored, is enough for the two slots of inference too: who has met the others stores
-    over a slot that all of them have read. Between arriving and waiting comes what the others do not wait for.
+    One meeting a step is enough for the two slots of inference too: a program stores into a slot only after it has met
+    the others, and they had read that slot before. Between arriving and waiting comes what nobody waits for.
     """
     HALF: tl.constexpr = P.block // 2  # with whole blocks the float32 kernel spills
     r, u, n = tile_indices(P, R)
