@@ -105,6 +105,13 @@ class Config:
         above=0,
         within=(0, 1),
     )
+    cache_features: int = _flag(
+        0,
+        "data",
+        "where convolutions are frozen, compute their outputs for N draws of each image once, keep them beside the "
+        "set, and train from those; 0: compute them in each step",
+        within=(0, 1000),
+    )
     augment: Augment = field(default_factory=Augment)
 
     batch_size: int = _flag(256, "training", "images per optimiser step, over all ranks", least=1)

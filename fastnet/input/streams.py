@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,9 +32,12 @@ from fastnet.provenance import machine_memory
 
 
 class Batch(NamedTuple):
-    """A micro-batch. `x` stays valid for as long as it is referenced, at least until the next one."""
+    """A micro-batch. `x` stays valid for as long as it is referenced, at least until the next one.
 
-    x: torch.Tensor  # [B, 3, H, W] channels_last, normalised with ImageNet mean and std, on the device
+    In a phase on kept features (training/features.py) `x` has those in place of the images.
+    """
+
+    x: Any  # [B, 3, H, W] channels_last, normalised with ImageNet mean and std, on the device
     y: torch.Tensor  # [B] int64 labels, on the device
     index: NDArray[np.int64]  # type: ignore[assignment]  # [B] positions in the split, on the host
 
@@ -50,6 +53,18 @@ def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -
         raise IndexError(f"step {step} of an epoch of {n // batch_size}")
     share = part(batch_size, rank, world_size)
     return slice(step * batch_size + share.start, step * batch_size + share.stop)
+
+
+def micro_batches(
+    n: int, batch_size: int, accumulate: int, seed: int, rank: int, world_size: int, epoch: int, step: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """A rank's micro-batches of `n` images without end, from (epoch, step) on: the epoch and the images of each."""
+    for now in itertools.count(epoch):
+        order = epoch_order(n, seed, now)
+        for at in range(step if now == epoch else 0, n // batch_size):
+            share = order[step_share(n, batch_size, at, rank, world_size)]
+            for micro in range(accumulate):
+                yield now, share[part(len(share), micro, accumulate)]
 
 
 class _Feed:
@@ -149,6 +164,25 @@ class _Stream:
             y = y.pin_memory().to(self._spec.device, non_blocking=True)
         return Batch(x, y, index)
 
+    def _once(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]], count: int) -> Iterator[Batch]:
+        """The `count` batches of `todo`, one iteration at a time."""
+        if self._pipe is None:
+            raise RuntimeError("the stream is closed")
+        self._drain(self._pipe)
+        self._feed.todo = todo
+        self._pipe.schedule_run()
+        for _ in range(count):
+            yield self._take()
+
+    def _drain(self, pipe: Pipeline) -> None:
+        """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
+        self._feed.todo = iter(())
+        pipe.schedule_run()  # finds nothing more to do, which `reset` waits for
+        while self._feed.under_way:
+            pipe.outputs()
+            self._feed.under_way.popleft()
+        pipe.reset()
+
     def close(self) -> None:
         """Ends DALI's threads and frees its buffers."""
         self._pipe = None
@@ -181,15 +215,13 @@ class TrainStream(_Stream):
         super().__init__(split, spec, names, augment.policy, largest)
 
         def batches() -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
-            first = step
-            for now in itertools.count(epoch):
-                order, draws = epoch_order(len(split), seed, now), epoch_draws(len(split), seed, now)
-                for at in range(first, len(split) // batch_size):
-                    share = order[step_share(len(split), batch_size, at, rank, world_size)]
-                    for micro in range(accumulate):
-                        index = share[part(len(share), micro, accumulate)]
-                        yield index, train_inputs(augment, draws[index], split.sizes[index], spec.image_size)
-                first = 0
+            drawn, draws = -1, np.empty((0, 0), np.float32)
+            for now, index in micro_batches(
+                len(split), batch_size, accumulate, seed, rank, world_size, epoch, step
+            ):
+                if now != drawn:
+                    drawn, draws = now, epoch_draws(len(split), seed, now)
+                yield index, train_inputs(augment, draws[index], split.sizes[index], spec.image_size)
 
         self._feed.todo = batches()
         assert self._pipe is not None
@@ -224,27 +256,39 @@ class EvalStream(_Stream):
         return -(-len(self._share) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._pipe is None:
-            raise RuntimeError("the stream is closed")
-        self._drain(self._pipe)
-        self._feed.todo = self._batches()
-        self._pipe.schedule_run()
-        for _ in range(len(self)):
-            yield self._take()
+        return self._once(self._batches(), len(self))
 
     def _batches(self) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
         for first in range(0, len(self._share), self._batch_size):
             index = self._share[first : first + self._batch_size]
             yield index, eval_inputs(self._split.sizes[index], self._spec.image_size, self._spec.eval_crop)
 
-    def _drain(self, pipe: Pipeline) -> None:
-        """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
-        self._feed.todo = iter(())
-        pipe.schedule_run()  # finds nothing more to do, which `reset` waits for
-        while self._feed.under_way:
-            pipe.outputs()
-            self._feed.under_way.popleft()
-        pipe.reset()
+
+class DrawnStream(_Stream):
+    """Any images of a split, as training with `seed` draws them in an epoch, or as validation takes them (None)."""
+
+    def __init__(
+        self, split: Split, spec: InputSpec, augment: Augment | None, *, seed: int, batch_size: int
+    ) -> None:
+        self._augment, self._seed, self._batch_size = augment, seed, batch_size
+        names = tuple(self._inputs(np.zeros(1, np.int64), 0, split, spec))
+        super().__init__(split, spec, names, augment.policy if augment else "none", batch_size)
+
+    def of(self, index: NDArray[np.int64], epoch: int) -> Iterator[Batch]:
+        """The images `index` in that order, in batches of `batch_size`; the last one may be smaller."""
+        batches = [
+            index[first : first + self._batch_size] for first in range(0, len(index), self._batch_size)
+        ]
+        todo = ((chosen, self._inputs(chosen, epoch, self._split, self._spec)) for chosen in batches)
+        return self._once(todo, len(batches))
+
+    def _inputs(
+        self, index: NDArray[np.int64], epoch: int, split: Split, spec: InputSpec
+    ) -> dict[str, NDArray]:
+        if self._augment is None:
+            return eval_inputs(split.sizes[index], spec.image_size, spec.eval_crop)
+        draws = epoch_draws(len(split), self._seed, epoch)[index]
+        return train_inputs(self._augment, draws, split.sizes[index], spec.image_size)
 
 
 def _device_id(device: torch.device) -> int | None:

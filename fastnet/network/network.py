@@ -7,6 +7,7 @@ K classes.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import torchvision
@@ -53,19 +54,23 @@ class Network(nn.Module):
         self.classifier = nn.Linear(width, classes)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, K]. Raises ValueError unless `x` is channels_last; converting it would cost a copy."""
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """[B, 3, S, S] -> [B, K]; or what `frozen_outputs` gave for the images.
+
+        Raises ValueError unless images are channels_last; converting them would cost a copy.
+        """
+        if not isinstance(x, Tensor):
+            return self.head(self.after_frozen(x))
         if not x.is_contiguous(memory_format=torch.channels_last):
             raise ValueError("the images must be channels_last, as the input pipeline delivers them")
-        logits = self.logits(x)  # [B, K]
+        logits = self.head(self.features(x))  # [B, K]
         if self.flip_average and not self.training:
-            logits = (logits + self.logits(x.flip(3))) / 2
+            logits = (logits + self.head(self.features(x.flip(3)))) / 2
         return logits
 
-    def logits(self, x: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, K] float32."""
-        features = self.features(x)
-        with span("lstm" if self.lstm else "pool", x.device):
+    def head(self, features: Sequence[Tensor]) -> Tensor:
+        """The outputs of the stages that the head reads, each [B, C, H, W] -> logits [B, K] float32."""
+        with span("lstm" if self.lstm else "pool", features[-1].device):
             if self.lstm is not None:
                 z = self.lstm(features)  # [B, D]
             else:
@@ -73,20 +78,45 @@ class Network(nn.Module):
         return self.classifier(z).float()  # [B, K]
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The outputs of the stages that the head reads, each [B, C, H, W], from shallow to deep."""
+        """Images -> the outputs of the stages that the head reads, from shallow to deep."""
         with span("backbone", x.device):
-            net = self.backbone
             with self.no_grad_if(bool(self.frozen)):
-                x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-            outputs = []
-            for stage, layer in LAYERS.items():
-                if stage > self.stages[-1]:
-                    break
-                with self.no_grad_if(stage in self.frozen):
-                    x = getattr(net, layer)(x)
-                if stage in self.stages:
-                    outputs.append(x)
-            return outputs
+                x = self.stem(x)
+            outputs = self.through(x, list(LAYERS))
+            return [outputs[stage] for stage in self.stages]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> the input of conv2's blocks [B, 64, H, W]."""
+        net = self.backbone
+        return net.maxpool(net.relu(net.bn1(net.conv1(x))))
+
+    def through(self, x: Tensor, stages: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of `stages` by name, as far as the head needs them; `x` is the input of the first one."""
+        outputs = {}
+        for stage in stages:
+            if stage > self.stages[-1]:
+                break
+            with self.no_grad_if(stage in self.frozen):
+                outputs[stage] = x = getattr(self.backbone, LAYERS[stage])(x)
+        return outputs
+
+    def kept_stages(self) -> list[str]:
+        """The frozen stages whose outputs decide all that follows: those that the head reads, and the last one."""
+        frozen = [stage for stage in self.frozen if stage <= self.stages[-1]]
+        return [stage for stage in frozen if stage in self.stages or stage == frozen[-1]]
+
+    @torch.no_grad()
+    def frozen_outputs(self, x: Tensor) -> list[Tensor]:
+        """Images -> the outputs of `kept_stages`, each [B, C, H, W]."""
+        outputs = self.through(self.stem(x), self.frozen)
+        return [outputs[stage] for stage in self.kept_stages()]
+
+    def after_frozen(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """What `frozen_outputs` gave -> the outputs of the stages that the head reads."""
+        outputs = dict(zip(self.kept_stages(), kept, strict=True))
+        deeper = [stage for stage in LAYERS if stage not in self.frozen]
+        outputs |= self.through(kept[-1], deeper)
+        return [outputs[stage] for stage in self.stages]
 
     @staticmethod
     def no_grad_if(frozen: bool) -> contextlib.AbstractContextManager:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastnet.input.device import DeviceTrainStream
-from fastnet.input.streams import Batch, TrainStream
+from fastnet.input.streams import Batch
 from fastnet.profiling import span
 
 
@@ -24,8 +25,8 @@ class Batches(Protocol):
     def advance(self) -> None:
         """The host's part."""
 
-    def make(self, micro: int) -> tuple[Tensor, Tensor]:
-        """Images x [B, 3, S, S] channels_last and labels y [B] of a micro-batch, on the device."""
+    def make(self, micro: int) -> tuple[Any, Tensor]:
+        """Images x [B, 3, S, S] channels_last, or their features, and labels y [B] of a micro-batch, on the device."""
 
     def count(self) -> None:
         """The device's part at the end of a step."""
@@ -41,10 +42,18 @@ class FixedBatches(Batches, Protocol):
         """What `count` changes."""
 
 
-class Streamed:
-    """Micro-batches as DALI delivers them. `waited` is told the seconds that each was waited for."""
+class Stream(Protocol):
+    """Micro-batches without end, `accumulate` of them for a step."""
 
-    def __init__(self, stream: TrainStream, device: torch.device, waited: Callable[[float], None]) -> None:
+    accumulate: int
+
+    def __next__(self) -> Batch: ...
+
+
+class Streamed:
+    """Micro-batches as a stream delivers them. `waited` is told the seconds that each was waited for."""
+
+    def __init__(self, stream: Stream, device: torch.device, waited: Callable[[float], None]) -> None:
         self.stream, self.device, self.waited = stream, device, waited
         self.ahead: deque[Batch] = deque()
 
@@ -67,7 +76,7 @@ class Streamed:
     def advance(self) -> None:
         pass
 
-    def make(self, micro: int) -> tuple[Tensor, Tensor]:
+    def make(self, micro: int) -> tuple[Any, Tensor]:
         x, y, _ = self.take()
         return x, y
 
@@ -80,25 +89,25 @@ class Streamed:
 
 
 class Copied:
-    """Micro-batches of DALI's, copied to fixed places."""
+    """Micro-batches of a stream, copied to fixed places."""
 
     def __init__(self, streamed: Streamed, dtype: torch.dtype) -> None:
         self.streamed = streamed
-        self.x = [batch.x.to(dtype, copy=True) for batch in streamed.peek()]
+        self.x = [tree_map(lambda t: t.to(dtype, copy=True), batch.x) for batch in streamed.peek()]
         self.y = [batch.y.clone() for batch in streamed.peek()]
 
     def advance(self) -> None:
         for x, y in zip(self.x, self.y, strict=True):
             batch = self.streamed.take()
-            x.copy_(batch.x)
+            tree_map(Tensor.copy_, x, batch.x)
             y.copy_(batch.y)
 
     def rehearse(self, step: int) -> None:
         for x, y, batch in zip(self.x, self.y, self.streamed.peek(), strict=True):
-            x.copy_(batch.x.roll(step, dims=3))
+            tree_map(lambda to, t: to.copy_(t.roll(step, dims=3)), x, batch.x)
             y.copy_(batch.y.roll(step))
 
-    def make(self, micro: int) -> tuple[Tensor, Tensor]:
+    def make(self, micro: int) -> tuple[Any, Tensor]:
         return self.x[micro], self.y[micro]
 
     def count(self) -> None:
@@ -137,9 +146,3 @@ class Resident:
 
     def state(self) -> list[Tensor]:
         return [self.stream.counter]
-
-
-def batches_of(
-    stream: TrainStream | DeviceTrainStream, device: torch.device, waited: Callable[[float], None]
-) -> Streamed | Resident:
-    return Resident(stream) if isinstance(stream, DeviceTrainStream) else Streamed(stream, device, waited)

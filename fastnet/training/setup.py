@@ -7,17 +7,11 @@ from typing import Any
 import torch
 
 from fastnet.config import Config
-from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
-from fastnet.input.graph import InputSpec
-from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
-from fastnet.training.placement import image_dtype, place
-from fastnet.training.state import TrainState
 
 
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -74,30 +68,3 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return machine_memory()
-
-
-def open_streams(
-    config: Config, data: PreparedSet, runtime: Runtime, state: TrainState, chosen: dict[str, Any]
-) -> tuple[TrainStream | DeviceTrainStream, EvalStream | DeviceEvalStream]:
-    """This rank's training stream, from where the run is, and its share of the validation split.
-
-    Adds to `chosen` where the images are decoded. Collective, before anything in it can fail on one rank alone.
-    """
-    train, val = data.splits["train"], data.splits["val"]
-    chosen |= place(config, (train, val), runtime)
-    dtype = image_dtype(chosen["decode"], runtime)
-    spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], chosen["threads"])
-    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-    stream = train_stream(
-        train,
-        spec,
-        config.augment,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        seed=config.seed,
-        epoch=state.epoch,
-        step=state.step_in_epoch,
-        **ranks,
-    )
-    share = max(1, config.batch_size // runtime.world_size // config.accumulate)
-    return stream, eval_stream(val, spec, batch_size=share, **ranks)

@@ -22,16 +22,17 @@ from fastnet.network.weights import load_backbone
 from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
-from fastnet.training.batches import batches_of
+from fastnet.training.batches import Resident, Streamed
 from fastnet.training.capture import CapturedStep, capture, own_stream
 from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import check_weights, evaluate
+from fastnet.training.inputs import Inputs
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import data_parallel, share_weights
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
 from fastnet.training.records import Recorder, add_to_session, last_scores, write_manifest
-from fastnet.training.setup import check_sizes, choices, open_streams
+from fastnet.training.setup import check_sizes, choices
 from fastnet.training.state import TrainState
 from fastnet.training.step import TrainStep, set_learning_rate
 
@@ -116,11 +117,22 @@ class Trainer:
         self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
         self.network.freeze(self.phase.frozen)
         self.network.train()
+        self.open_batches()
         step = self.make_step()
         if self.resumes_phase and self.runtime.is_main:
             # The totals are sums over the ranks, so one of them carries what was there.
             self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
         self.step: Callable[[], None] = step if self.graphs == "off" else self.captured(step)
+
+    def open_batches(self) -> None:
+        """What the phase trains and validates on."""
+        self.val_stream: Any = self.inputs.val
+        self.batches: Streamed | Resident
+        if self.inputs.caches(self.phase):
+            self.batches, self.val_stream = self.inputs.open_features(self.network, self.state)
+        else:
+            with self.runtime.agree():
+                self.batches = self.inputs.open_images(self.state)
 
     def close_graph(self) -> None:
         """Frees what a captured step holds, the ranks' communicator among it."""
@@ -171,7 +183,7 @@ class Trainer:
             self.counter.reset()
             self.state.logged = list(Totals())
         self.stopwatch.restart()
-        steps = self.train_stream.steps_per_epoch
+        steps = self.inputs.steps_per_epoch
         with Progress(self.title, steps, "steps", done=self.state.step_in_epoch) as progress:
             while self.state.step_in_epoch < steps:
                 self.train_step()
@@ -215,7 +227,7 @@ class Trainer:
         metrics_bytes = self.recorder.size()
         with self.runtime.agree():
             self.recorder.epoch(self.title, trained, scores)
-        if self.state.step_in_epoch == self.train_stream.steps_per_epoch:
+        if self.state.step_in_epoch == self.inputs.steps_per_epoch:
             best = scores.top1 > self.state.best_top1
             finish_epoch(self.phases, self.state, scores.top1)
             metrics_bytes = self.recorder.size()
@@ -269,16 +281,15 @@ class Trainer:
             stack.enter_context(own_stream(runtime.device))
             stack.callback(self.close_graph)
             with runtime.agree():
-                streams = open_streams(config, self.data, runtime, self.state, chosen)
-            self.train_stream, self.val_stream = streams
-            stack.callback(self.train_stream.close)
-            stack.callback(self.val_stream.close)
-            self.batches = batches_of(self.train_stream, runtime.device, self.stopwatch.waited)
+                self.inputs = Inputs(config, self.data, runtime, chosen, self.stopwatch.waited)
+                stack.callback(self.inputs.close)
+                if not self.state.done and not self.inputs.caches(self.phases[self.state.phase]):
+                    self.inputs.open_images(self.state)
             with runtime.agree():
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
             runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
-            prepare_kernels(config, runtime, chosen["lstm_backend"], self.train_stream)
+            prepare_kernels(config, runtime, chosen["lstm_backend"], self.inputs.images)
             if self.saved:
                 self.say(f"continues after step {self.state.step}")
             with runtime.agree():
@@ -320,7 +331,7 @@ class Trainer:
 
     def rate(self, step_in_epoch: int) -> float:
         """The learning rate of a step of the epoch under way."""
-        steps = self.train_stream.steps_per_epoch
+        steps = self.inputs.steps_per_epoch
         return learning_rate(
             self.phase, self.state.phase_epoch * steps + step_in_epoch, steps, self.config.warmup
         )

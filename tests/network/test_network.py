@@ -217,14 +217,14 @@ def test_the_small_stem_keeps_the_resolution() -> None:
     assert config.lstm_stages == [(4, 64, 64), (8, 64, 16)]
     network, x = Network(config, 3).eval(), images(config)
     assert [tuple(f.shape[2:]) for f in network.features(x)] == [(8, 8), (4, 4)]
-    assert network.logits(x).shape == (len(x), 3)
+    assert network(x).shape == (len(x), 3)
 
 
 def test_mirrored_images_have_the_same_averaged_scores() -> None:
     network = Network(Config(image_size=64, flip_average=True), 5).eval()
     x = images(Config(image_size=64))
     mirrored = x.flip(3)
-    assert torch.equal(network(x), network(mirrored)) and not torch.equal(network.logits(x), network(x))
+    assert torch.equal(network(x), network(mirrored)) and not torch.equal(network.head(network.features(x)), network(x))
     network.train()
     assert not torch.equal(network(x), network(mirrored))
 

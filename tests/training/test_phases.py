@@ -17,7 +17,7 @@ def test_the_plan_of_a_run() -> None:
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    phase = phases.Phase("full", False, 4, "sgd", 0.5, 0, 0.0)
+    phase = phases.Phase("full", "none", 4, "sgd", 0.5, 0, 0.0)
     rates = [phases.learning_rate(phase, step, 10, warmup_epochs=1.0) for step in range(40)]
     assert rates[:10] == pytest.approx([0.5 * (i + 1) / 11 for i in range(10)])
     assert rates[10] == 0.5
@@ -28,8 +28,8 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 def test_a_plateau_keeps_the_rate_and_ends_the_phase() -> None:
     plan = [
-        phases.Phase("head", True, 20, "adamw", 0.1, 2, 0.01),
-        phases.Phase("full", False, 2, "sgd", 0.1, 0, 0.0),
+        phases.Phase("head", "conv5", 20, "adamw", 0.1, 2, 0.01),
+        phases.Phase("full", "none", 2, "sgd", 0.1, 0, 0.0),
     ]
     assert {phases.learning_rate(plan[0], step, 10, 1.0) for step in range(10, 200)} == {0.1}
     position = TrainState()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from tests.support.tiny import run_here
 BASELINE = ["--network", "baseline", "--head-epochs", "0", "--epochs", "2"]
 
 
-def trainer(data: Path, run: Path, **settings: object) -> Trainer:
+def trainer(data: Path, run: Path, **settings: Any) -> Trainer:
     config = replace(sample("baseline"), image_size=32, batch_size=8, epochs=1, **settings)
     return Trainer(config, default_set(data), run, Runtime(torch.device("cpu")))
 

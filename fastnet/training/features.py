@@ -1,0 +1,218 @@
+"""The outputs of frozen convolutions, computed once: `--cache-features K`.
+
+In a phase whose first stages are frozen, their output for an image and a draw of its augmentation never changes. It is
+computed for the draws of the first K epochs and for validation, kept as float16 beside the set, and read in place of
+images from then on: epoch e of the phase sees draw e % K.
+
+A directory is named after all that the numbers depend on, so runs that freeze the same weights share it. It holds a
+file for each `SHARD` images of a draw, which is there whole or not at all: what was stopped goes on where it was, and
+the ranks divide the files.
+
+Shapes: B images of a batch, R numbers of an image, C, H, W channels, height and width of a stage's output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet, Split
+from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
+from fastnet.files import atomic_write
+from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
+from fastnet.network.network import Network
+from fastnet.progress import track
+
+SHARD = 2048  # images in a file
+VALIDATION = "val"  # in place of a draw
+
+
+class FrozenFeatures:
+    """The kept features of a set for the stages that `network` freezes now. `prepare` computes what is missing."""
+
+    def __init__(self, config: Config, data: PreparedSet, network: Network, runtime: Runtime) -> None:
+        self.config, self.data, self.network, self.runtime = config, data, network, runtime
+        size = config.image_size
+        with torch.no_grad():
+            one = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
+            with runtime.autocast():
+                self.shapes = [
+                    tuple(kept.shape[1:]) for kept in network.frozen_outputs(one)
+                ]  # (C, H, W) each
+        self.row = sum(map(int, map(np.prod, self.shapes)))  # R
+        facts = self.facts()
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = data.path / "features" / name
+        self.shards: dict[Path, NDArray[np.float16]] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """All that the numbers depend on, besides the order of sums."""
+        config, digest = self.config, hashlib.sha256()
+        for module in self.network.frozen_modules():
+            for tensor in module.state_dict().values():
+                digest.update(tensor.cpu().numpy().tobytes())
+        return {
+            "data": self.data.hash,
+            "frozen": self.network.kept_stages(),
+            "weights": digest.hexdigest(),
+            "depth": config.depth,
+            "stem": config.stem,
+            "image_size": config.image_size,
+            "eval_crop": config.eval_crop,
+            "augment": asdict(config.augment),
+            "seed": config.seed,
+            "precision": str(self.runtime.amp),
+        }
+
+    def files(self) -> dict[Path, tuple[str, str, NDArray[np.int64]]]:
+        """Every file with its split, its draw, and the images in it."""
+        named = {}
+        draws = [("train", str(draw)) for draw in range(self.config.cache_features)]
+        # Averaged with mirror images, validation needs pixels.
+        for split, draw in draws if self.config.flip_average else [*draws, ("val", VALIDATION)]:
+            n = len(self.data.splits[split])
+            for first in range(0, n, SHARD):
+                path = self.folder / f"{draw}-{first // SHARD}.npy"
+                named[path] = split, draw, np.arange(first, min(first + SHARD, n))
+        return named
+
+    def prepare(self, threads: int) -> None:
+        """Computes the missing files, each rank some of them. Collective.
+
+        Raises InputError if the disk has no room for them, before the first one.
+        """
+        missing = {path: what for path, what in self.files().items() if not path.exists()}
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                self._check_room(sum(len(what[2]) for what in missing.values()))
+        mine = list(missing.items())[self.runtime.rank :: self.runtime.world_size]
+        training = self.network.training
+        self.network.eval()
+        with self.runtime.agree():
+            for split in ("train", "val"):
+                self._make({path: what for path, what in mine if what[0] == split}, split, threads)
+        self.network.train(training)
+
+    def _check_room(self, images: int) -> None:
+        needed, parent = images * self.row * 2, self.data.path
+        free = shutil.disk_usage(parent).free
+        if needed > 0.95 * free:
+            raise InputError(
+                f"--cache-features {self.config.cache_features}: takes {needed / 1e9:.1f} GB in {self.folder}, where "
+                f"{free / 1e9:.1f} GB are free; use fewer draws, or leave the flag out"
+            )
+        if images:
+            self.runtime.say(
+                f"features: {', '.join(self.network.kept_stages())} of {images} images, {needed / 1e9:.2g} GB in "
+                f"{self.folder}"
+            )
+
+    def _make(self, files: dict[Path, tuple[str, str, NDArray[np.int64]]], name: str, threads: int) -> None:
+        if not files:
+            return
+        config, device = self.config, self.runtime.device
+        spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
+        augment = config.augment if name == "train" else None
+        size = max(1, config.batch_size // self.runtime.world_size // config.accumulate)
+        stream = DrawnStream(self.data.splits[name], spec, augment, seed=config.seed, batch_size=size)
+        full = "free some space, or use fewer draws with --cache-features"
+        for path, (_, draw, index) in track(f"features of {name}", files.items(), len(files), "files"):
+            epoch = 0 if draw == VALIDATION else int(draw)
+            with atomic_write(path, full=full) as beside:
+                rows = np.lib.format.open_memmap(beside, "w+", np.float16, (len(index), self.row))
+                first = 0
+                for x, *_ in stream.of(index, epoch):
+                    rows[first : first + len(x)] = self._rows(x)
+                    first += len(x)
+                rows.flush()
+        stream.close()
+
+    def _rows(self, x: Tensor) -> NDArray[np.float16]:
+        """Images [B, 3, S, S] -> [B, R]: each output in the order of its memory, which is [H, W, C]."""
+        with self.runtime.autocast():
+            kept = self.network.frozen_outputs(x)
+        flat = [output.permute(0, 2, 3, 1).reshape(len(x), -1) for output in kept]
+        return torch.cat(flat, dim=1).to(torch.float16).cpu().numpy()
+
+    def batch(self, split: Split, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> Batch:
+        """Images of a split, with what `read` gives for them."""
+        y = torch.from_numpy(split.labels[index])
+        if self.runtime.device.type == "cuda":
+            y = y.pin_memory().to(self.runtime.device, non_blocking=True)
+        return Batch(self.read(draw, index, dtype), y, index)
+
+    def read(self, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The outputs of `network.kept_stages` for the images `index`, on the device: [B, C, H, W], channels_last."""
+        rows = np.empty((len(index), self.row), np.float16)
+        for row, image in zip(rows, index, strict=True):
+            row[:] = self._shard(draw, int(image) // SHARD)[int(image) % SHARD]
+        device = self.runtime.device
+        values = torch.from_numpy(rows)
+        if device.type == "cuda":
+            values = values.pin_memory().to(device, non_blocking=True)
+        parts = values.to(dtype).split([int(np.prod(shape)) for shape in self.shapes], dim=1)
+        return tuple(
+            part.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+            for part, (channels, height, width) in zip(parts, self.shapes, strict=True)
+        )
+
+    def _shard(self, draw: str, number: int) -> NDArray[np.float16]:
+        path = self.folder / f"{draw}-{number}.npy"
+        if path not in self.shards:
+            self.shards[path] = np.load(path, mmap_mode="r")
+        return self.shards[path]
+
+
+class FeatureTrainStream:
+    """TrainStream's micro-batches, the same images in the same order, with kept features in place of pixels."""
+
+    def __init__(self, features: FrozenFeatures, dtype: torch.dtype, *, epoch: int, step: int) -> None:
+        config, runtime = features.config, features.runtime
+        self.features, self.dtype, self.accumulate = features, dtype, config.accumulate
+        self.split = features.data.splits["train"]
+        self.todo = micro_batches(
+            len(self.split),
+            config.batch_size,
+            config.accumulate,
+            config.seed,
+            runtime.rank,
+            runtime.world_size,
+            epoch,
+            step,
+        )
+
+    def __next__(self) -> Batch:
+        epoch, index = next(self.todo)
+        draw = str(epoch % self.features.config.cache_features)
+        return self.features.batch(self.split, draw, index, self.dtype)
+
+
+class FeatureEvalStream:
+    """EvalStream's batches in the same way."""
+
+    def __init__(self, features: FrozenFeatures, dtype: torch.dtype, batch_size: int) -> None:
+        self.features, self.dtype, self.batch_size = features, dtype, batch_size
+        self.split = features.data.splits["val"]
+        n, runtime = len(self.split), features.runtime
+        self.share = np.arange(n)[part(n, runtime.rank, runtime.world_size)]
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self.share), self.batch_size):
+            index = self.share[first : first + self.batch_size]
+            yield self.features.batch(self.split, VALIDATION, index, self.dtype)

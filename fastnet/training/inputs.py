@@ -1,0 +1,92 @@
+"""What the phases of a run train and validate on: streams of images, or kept features of frozen convolutions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastnet.config import Config
+from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.ranks import Runtime
+from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
+from fastnet.input.graph import InputSpec
+from fastnet.input.streams import EvalStream, TrainStream
+from fastnet.network.network import Network
+from fastnet.training.batches import Resident, Streamed
+from fastnet.training.features import FeatureEvalStream, FeatureTrainStream, FrozenFeatures
+from fastnet.training.phases import Phase
+from fastnet.training.placement import image_dtype, place
+from fastnet.training.state import TrainState
+
+
+class Inputs:
+    """This rank's share of the images of a run. Adds to `chosen` where they are decoded.
+
+    Collective, before anything in it can fail on one rank alone. `waited` is told the seconds of each wait for data.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: PreparedSet,
+        runtime: Runtime,
+        chosen: dict[str, Any],
+        waited: Callable[[float], None],
+    ) -> None:
+        self.config, self.data, self.runtime, self.waited = config, data, runtime, waited
+        self.threads = chosen["threads"]
+        train, val = data.splits["train"], data.splits["val"]
+        chosen |= place(config, (train, val), runtime)
+        dtype = image_dtype(chosen["decode"], runtime)
+        self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
+        self.steps_per_epoch = len(train) // config.batch_size
+        self.share = max(1, config.batch_size // runtime.world_size // config.accumulate)
+        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+        self.val: EvalStream | DeviceEvalStream = eval_stream(val, self.spec, batch_size=self.share, **ranks)
+        self.images: TrainStream | DeviceTrainStream | None = None
+        self.batches: Streamed | Resident | None = None
+
+    def caches(self, phase: Phase) -> bool:
+        return self.config.cache_features > 0 and phase.frozen != "none"
+
+    def open_images(self, state: TrainState) -> Streamed | Resident:
+        """Training images, from where the run is; the stream goes on from phase to phase."""
+        if self.images is None or self.batches is None:
+            self.images = train_stream(
+                self.data.splits["train"],
+                self.spec,
+                self.config.augment,
+                batch_size=self.config.batch_size,
+                accumulate=self.config.accumulate,
+                seed=self.config.seed,
+                epoch=state.epoch,
+                step=state.step_in_epoch,
+                rank=self.runtime.rank,
+                world_size=self.runtime.world_size,
+            )
+            if isinstance(self.images, DeviceTrainStream):
+                self.batches = Resident(self.images)
+            else:
+                self.batches = self._streamed(self.images)
+        return self.batches
+
+    def open_features(self, network: Network, state: TrainState) -> tuple[Streamed, Any]:
+        """Training and validation batches of kept features, which are computed where they are missing. Collective."""
+        features = FrozenFeatures(self.config, self.data, network, self.runtime)
+        features.prepare(self.threads)
+        dtype = self.runtime.amp or torch.float32
+        stream = FeatureTrainStream(features, dtype, epoch=state.epoch, step=state.step_in_epoch)
+        val = self.val if self.config.flip_average else FeatureEvalStream(features, dtype, self.share)
+        return self._streamed(stream), val
+
+    def _streamed(self, stream: Any) -> Streamed:
+        return Streamed(stream, self.runtime.device, self.waited)
+
+    def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.val.close)
+            if self.images is not None:
+                stack.callback(self.images.close)

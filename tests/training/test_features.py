@@ -1,0 +1,95 @@
+"""--cache-features: training on the kept outputs of frozen convolutions is training on the images."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastnet.training import features
+from fastnet.training.checkpoint import load
+from tests.support.runs import assert_same_end, events
+from tests.support.tiny import refused, run_here, run_ranks
+
+# Two frozen epochs, and two with conv2 to conv4 frozen.
+FLAGS = ["--freeze", "conv4", "--log-every", "1"]
+# The frozen prefixes of the two phases are not the same.
+PHASES = 2
+
+
+@pytest.fixture(scope="module")
+def own_set(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, as the features are kept beside the set."""
+    return shutil.copytree(tiny_set, tmp_path_factory.mktemp("set") / "set")
+
+
+@pytest.fixture(scope="module")
+def kept(own_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on features of as many draws as it has epochs."""
+    run = tmp_path_factory.mktemp("runs") / "kept"
+    run_here(own_set, run, *FLAGS, "--cache-features", "4")
+    return run
+
+
+def test_training_is_that_on_images(kept: Path, own_set: Path, tmp_path: Path) -> None:
+    """Up to the rounding of features to float16, which the first step's loss sees once and later ones amplify."""
+    run_here(own_set, tmp_path / "images", *FLAGS)
+    eps = torch.finfo(torch.float16).eps
+    for mine, theirs in zip(events(kept, "step"), events(tmp_path / "images", "step"), strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=eps * mine["step"])
+    assert {file.name for file in own_set.glob("features/*/*")} == {
+        f"{draw}-0.npy" for draw in ("0", "1", "2", "3", "val")
+    }
+    assert len(list(own_set.glob("features/*"))) == PHASES
+
+
+def test_a_stopped_run_continues_to_the_bit(kept: Path, own_set: Path, tmp_path: Path) -> None:
+    """Files that are missing are computed again, to the same numbers; those that are there are not touched."""
+    files = {file: file.read_bytes() for file in own_set.glob("features/*/*.npy")}
+    for stop in ("3", "13"):
+        run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "4", "--max-steps", stop)
+    lost = sorted(files)[0]
+    lost.unlink()
+    times = {file: file.stat().st_mtime_ns for file in files if file != lost}
+    run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "4")
+    assert_same_end(tmp_path / "run", kept)
+    # The lost file's phase is over.
+    run_here(own_set, tmp_path / "again", *FLAGS, "--cache-features", "4", "--max-steps", "11")
+    assert all(file.read_bytes() == content for file, content in files.items())
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+
+
+def test_fewer_draws_are_used_in_turn(own_set: Path, tmp_path: Path) -> None:
+    run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "1")
+    model = load(tmp_path / "run" / "last.pt").model
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+@pytest.mark.slow
+def test_two_ranks_divide_the_files(
+    kept: Path, own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "set"
+    shutil.copytree(own_set, other, ignore=shutil.ignore_patterns("features"))
+    done = run_ranks(2, other, tmp_path / "run", *FLAGS, "--cache-features", "2", "--max-steps", "6")
+    assert done.returncode == 0, done.stderr
+    for file in other.glob("features/*/*.npy"):
+        mine, theirs = np.load(file), np.load(own_set / file.relative_to(other))
+        assert np.allclose(mine, theirs, rtol=2 * np.finfo(np.float16).eps, atol=1e-6)
+    assert len(list(other.glob("features/*/*.npy"))) == 3
+
+
+def test_a_disk_too_small_is_refused_first(
+    own_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(free=1000))
+    flags = ["sample", "--data", own_set, "--run-dir", tmp_path / "run", "--network", "lstm"]
+    flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "9"]
+    line = refused(capsys, monkeypatch, *flags)
+    assert "--cache-features 9: takes" in line and "0.0 GB are free; use fewer draws" in line
+    assert not any(file.name.startswith("8-") for file in own_set.glob("features/*/*"))
