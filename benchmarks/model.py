@@ -42,13 +42,10 @@ class Gpu:
     l2: int  # bytes a clock, the whole GPU
     dram: float  # GB/s
     source: str
-    mma: int = (
-        2048  # as tensor, of mma.sync: half of wgmma's on Hopper (about 62 % measured, arXiv 2402.13499)
-    )
-    latency: int = (
-        300  # clocks of a hit in L2: measured about 260 on A100 and H100 (arXiv 2402.13499), 222 to 339
-    )
-    # over the SMs of an L40 (arXiv 2606.22588)
+    # The next two are assumptions. As tensor, of mma.sync: the A100's, half of what wgmma does on the H100.
+    mma: int = 2048
+    # Clocks of a hit in L2: 222 to 339 were measured over the multiprocessors of an L40 (arXiv 2606.22588).
+    latency: int = 300
     issue: int = 4  # warp instructions a clock and SM: its four schedulers (both whitepapers)
     shared: int = (
         1  # wavefronts of 128 bytes a clock and SM: 32 banks of 4 bytes (CUDA C++ Best Practices Guide)
@@ -120,15 +117,15 @@ def bound(
     return times[worst], worst
 
 
-MEETING = 4.5  # latencies of L2 in a row, a step
+# Latencies of L2 that follow each other in a meeting: the stores are acknowledged (1), the counter is added to (1), a
+# program that waits reads it, half a read too late on average (1.5), and then reads what the others stored (1).
+MEETING = 4.5
 
 
 def split_step(gpu: Gpu, line: Mapping[str, Line], parts: int, together: int) -> dict[str, float]:
-    """Clocks of a step of a split group as if nothing overlapped, by what takes them; `together` programs share an SM.
+    """Clocks of a step of a split group, by what takes them, if nothing overlaps; `together` programs share an SM.
 
-    A meeting waits for L2 so often: what was stored is acknowledged (1), the counter is added to (1), read anew by
-    who waits, which on average is half a read too late (1.5), and what the others stored is read (1). Latencies within
-    the SM (barriers, special functions) come on top.
+    Latencies within the SM (barriers, special functions) come on top.
     """
     one = {name: own.step / parts for name, own in line.items()}
     return {
