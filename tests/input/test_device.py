@@ -21,6 +21,7 @@ from fastnet.input import draws as aug
 from fastnet.input.decoded import DecodedImages, decoded_bytes
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, unsupported, upload
 from fastnet.input.draws import epoch_draws, epoch_order
+from fastnet.input.graph import InputSpec
 from fastnet.input.streams import Batch, EvalStream
 from fastnet_kernels import images
 from ptxrun import execute_ptx
@@ -107,6 +108,17 @@ def test_evaluation_is_that_of_the_graph(val: Split) -> None:
     for a, b in zip(mine, theirs, strict=True):
         assert_same(a, b)
     theirs.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
+def test_an_epoch_on_a_gpu(train: Split) -> None:
+    how = InputSpec(SIZE, torch.device("cuda", torch.cuda.current_device()), torch.float32, "device", 1)
+    mine = DeviceTrainStream(train, how, PLAIN, batch_size=8, seed=3)
+    for theirs in take(stream(train, PLAIN, how=spec(SIZE), batch_size=8), len(mine) + 1):
+        got = next(mine)
+        assert_same(Batch(got.x.cpu(), got.y.cpu(), got.index), theirs)
+    mine.close()
 
 
 def test_what_the_kernel_lacks_is_named(train: Split) -> None:

@@ -91,7 +91,12 @@ def by_dali(samples: list[Sample], size: int) -> torch.Tensor:
 
 
 def by_kernel(
-    samples: list[Sample], size: int, dtype: torch.dtype, module: ModuleType = images
+    samples: list[Sample],
+    size: int,
+    dtype: torch.dtype,
+    *,
+    module: ModuleType = images,
+    device: str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x and y of the second of two steps of a table, after a row that belongs to another micro-batch. The set holds the
     images in the opposite order.
@@ -103,14 +108,14 @@ def by_kernel(
     stored = [s.image.ravel() for s in reversed(samples)]
     ends = np.cumsum([len(pixels) for pixels in stored])
     decoded = Images(
-        torch.from_numpy(np.concatenate(stored)),
-        torch.from_numpy(np.concatenate([[0], ends[:-1]])),
-        torch.arange(len(samples)) * 7 - 1,
+        torch.from_numpy(np.concatenate(stored)).to(device),
+        torch.from_numpy(np.concatenate([[0], ends[:-1]])).to(device),
+        torch.arange(len(samples), device=device) * 7 - 1,
     )
     return module.make_batch(
         decoded,
-        table,
-        torch.tensor([1]),
+        table.to(device),
+        torch.tensor([1], device=device),
         first=1,
         count=len(samples),
         image_size=size,
@@ -151,7 +156,7 @@ def interpreted() -> ModuleType:
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
 def test_interpreter(dtype: torch.dtype) -> None:
     chosen = [SAMPLES[1], SAMPLES[3], SAMPLES[7]]
-    assert_as_dali(*by_kernel(chosen, 32, dtype, interpreted()), chosen, 32)
+    assert_as_dali(*by_kernel(chosen, 32, dtype, module=interpreted()), chosen, 32)
 
 
 def assert_clean(stats: Stats) -> None:
@@ -196,6 +201,15 @@ def test_traffic_of_the_paper() -> None:
     centres = box[0] + (np.arange(size).reshape(down, ROWS) + 0.5) * scale - 0.5
     rows = np.floor(centres[:, -1] + 1) - np.ceil(centres[:, 0] - 1) + 1  # two taps: one pixel to either side
     assert stats.ops["ld.global.b8"] == rows.sum() * across * 2 * (COLUMNS // 32)  # warps' instructions
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu")
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("size", [32, 96, 224])
+def test_on_a_gpu(size: int, dtype: torch.dtype) -> None:
+    x, y = by_kernel(SAMPLES, size, dtype, device="cuda")
+    assert_as_dali(x.cpu(), y.cpu(), SAMPLES, size)
 
 
 @cache

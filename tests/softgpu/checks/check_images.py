@@ -20,6 +20,7 @@ from fastnet.input.draws import STD
 from fastnet.input.graph import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.training.placement import place
+from tests.kernels.test_images import test_on_a_gpu as on_a_gpu
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 STEPS = 5  # of 8 images, of 42
@@ -76,6 +77,10 @@ def test_a_captured_batch_is_another_at_each_replay(split: Split, dtype: torch.d
             assert ((x.cpu().float() - theirs.x).abs() <= near).all()
     stream.close()
     expected.close()
+
+
+def test_the_test_for_gpus() -> None:
+    on_a_gpu(32, torch.bfloat16)
 
 
 def larger(split: Split, side: int) -> Split:
