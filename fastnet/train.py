@@ -29,8 +29,8 @@ from fastnet.settings import as_toml, settings_of
 from fastnet.training.trainer import Trainer
 
 REMEDY = (
-    "use a larger --accumulate, a smaller --batch-size or --image-size, or more GPUs, in another --run-dir; "
-    "the last checkpoint is as it was"
+    "use --decode gpu where the set was decoded into GPU memory, or, in another --run-dir, a larger --accumulate, a "
+    "smaller --batch-size or --image-size, or more GPUs; the last checkpoint is as it was"
 )
 
 
