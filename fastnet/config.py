@@ -159,6 +159,18 @@ class Config:
         "decay per step of a moving average of the weights, which is then what is evaluated; 0: none",
         within=(0, 0.999999),
     )
+    mixup: float = _flag(
+        0.0,
+        "training",
+        "mix images with others of their batch, in shares from Beta(X, X); 0: none",
+        within=(0, 100),
+    )
+    cutmix: float = _flag(
+        0.0,
+        "training",
+        "put boxes of other images into images, whose shares are from Beta(X, X); 0: none",
+        within=(0, 100),
+    )
     label_smoothing: float = _flag(0.1, "training", "label smoothing", within=(0, 1))
     warmup: float = _flag(
         1.0, "training", "epochs of linear warmup at the start of each phase", within=(0, 10_000)
@@ -226,6 +238,10 @@ class Config:
         if not re.fullmatch(r"[1-9]\d{0,8}[smh]?", self.checkpoint_every, re.ASCII):
             raise InputError(
                 f"--checkpoint-every {self.checkpoint_every}: give steps, or a time such as 30s, 5m or 1h"
+            )
+        if self.cache_features and (self.mixup or self.cutmix):
+            raise InputError(
+                "--cache-features: mixed images have no kept features; leave out --mixup and --cutmix"
             )
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")

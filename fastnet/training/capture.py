@@ -140,6 +140,8 @@ def rehearse(run: Callable[[], None], steps: int, step: TrainStep, before: Snaps
         set_learning_rate(step.optimizer, phase.peak_lr * (i + 1) / 100)
         if step.average:
             step.average.set_step(i)
+        if step.mixer:
+            step.mixer.set_step(i)
         run()
 
 

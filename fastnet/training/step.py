@@ -9,6 +9,7 @@ Shapes: B images of a micro-batch, K classes, S image size.
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from fastnet.metrics import Counter
 from fastnet.profiling import span
 from fastnet.training.batches import Batches
 from fastnet.training.ema import MovingAverage
+from fastnet.training.mixing import Mixer
 from fastnet.training.parallel import without_sync
 
 
@@ -37,10 +39,11 @@ class TrainStep:
         counter: Counter,
         batches: Batches,
         average: MovingAverage | None,
+        mixer: Mixer | None,
     ) -> None:
         self.config, self.runtime, self.model = config, runtime, model
         self.optimizer, self.scaler, self.counter, self.batches = optimizer, scaler, counter, batches
-        self.average = average
+        self.average, self.mixer = average, mixer
 
     def __call__(self) -> None:
         self.batches.advance()
@@ -52,7 +55,7 @@ class TrainStep:
             x, y = self.batches.make(micro)  # [B, 3, S, S], [B]
             last = micro == self.config.accumulate - 1
             with contextlib.nullcontext() if last else without_sync(self.model):
-                self.backward(x, y)
+                self.backward(micro, x, y)
         with span("optimizer", self.runtime.device):
             if self.config.clip_grad:
                 self.scaler.unscale_(self.optimizer)
@@ -64,17 +67,31 @@ class TrainStep:
                 self.average.update()
         self.batches.count()
 
-    def backward(self, x: Tensor, y: Tensor) -> None:
+    def backward(self, micro: int, x: Any, y: Tensor) -> None:
         """Adds the gradients of a micro-batch to those that are there, and its loss and hits to the counter."""
         config, runtime = self.config, self.runtime
+        share = None
+        if self.mixer:
+            x, share = self.mixer(micro, x)  # [B]
         with span("forward", runtime.device), runtime.autocast():
             logits = self.model(x)  # [B, K]
         # DDP averages over the ranks: with this factor every image of the global batch weighs the same.
-        loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing, reduction="sum")
+        loss = self.loss(logits, y, share) * (runtime.world_size / config.batch_size)
         with span("backward", runtime.device):
-            self.scaler.scale(loss * (runtime.world_size / config.batch_size)).backward()
+            self.scaler.scale(loss).backward()
         # Without label smoothing, to be comparable with the validation loss.
         self.counter.add(logits.detach(), y)
+
+    def loss(self, logits: Tensor, y: Tensor, share: Tensor | None) -> Tensor:
+        """The cross-entropies [B] of a micro-batch, added up: of mixed images, in their shares for both labels."""
+        smoothing = self.config.label_smoothing
+        if share is None:
+            return F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="sum")
+        own, other = (
+            F.cross_entropy(logits, label, label_smoothing=smoothing, reduction="none")
+            for label in (y, y.roll(1))
+        )
+        return torch.lerp(other, own, share).sum()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -29,6 +29,7 @@ from fastnet.training.evaluation import check_weights, evaluate
 from fastnet.training.inputs import Inputs
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
+from fastnet.training.mixing import Mixer
 from fastnet.training.parallel import data_parallel, share_weights
 from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
 from fastnet.training.records import Recorder, add_to_session, last_scores, write_manifest
@@ -51,6 +52,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
         self.average: MovingAverage | None = None
+        self.mixer = Mixer(config, runtime) if config.mixup or config.cutmix else None
         self.phases = plan(config)
         self.state = TrainState()
         self.saved: checkpoint.Checkpoint | None = None
@@ -151,7 +153,15 @@ class Trainer:
             with runtime.agree():
                 checkpoint.restore(self.optimizer, self.scaler, self.run_dir / "last.pt", self.saved)
         return TrainStep(
-            config, runtime, model, self.optimizer, self.scaler, self.counter, self.batches, self.average
+            config,
+            runtime,
+            model,
+            self.optimizer,
+            self.scaler,
+            self.counter,
+            self.batches,
+            self.average,
+            self.mixer,
         )
 
     @property
@@ -204,6 +214,8 @@ class Trainer:
         set_learning_rate(self.optimizer, self.rate(self.state.step_in_epoch))
         if self.average:
             self.average.set_step(self.state.step)
+        if self.mixer:
+            self.mixer.set_step(self.state.step)
         self.step()
         self.stopwatch.step()
         self.state.step_in_epoch += 1

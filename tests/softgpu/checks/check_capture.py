@@ -20,7 +20,7 @@ from fastnet.training.trainer import Trainer
 from tests.softgpu.trainers import begin, tiny_trainer
 
 STEPS = 3
-RECIPE = {"ema": 0.9, "clip_grad": 1.0, "layer_decay": 0.5}
+RECIPE = {"ema": 0.9, "clip_grad": 1.0, "layer_decay": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 
 def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
