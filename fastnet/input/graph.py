@@ -56,7 +56,7 @@ def decoder_threads(threads: int, batch_size: int) -> int:
     return min(threads, -(-batch_size // IMAGES_PER_THREAD))
 
 
-def decoder_padding(pixels: int) -> dict[str, int]:
+def decoder_padding(pixels: int) -> dict[str, Any]:
     """Bytes of nvJPEG's buffers for images of up to `pixels`: 16-bit coefficients in three colours, and the pixels.
 
     Where an image needs more, nvJPEG enlarges them once.
