@@ -185,10 +185,12 @@ def forward_split(
                 w_tile = tl.load(w + (k0 + kb)[:, None] * P.columns + n)
                 a = tl.dot(h_piece, w_tile, a, input_precision="ieee")
         else:
+            h_tiles = ()  # all of them on their way before the first is needed
             for i in tl.static_range(len(P.pieces)):
                 k = P.pieces[i][0] + tl.arange(0, P.pieces[i][1])
-                h_piece = tl.load(h + read + r * P.padded + k[None, :], cache_modifier=".cg")
-                a = tl.dot(h_piece, w_tiles[i], a, input_precision="ieee")
+                h_tiles = h_tiles + (tl.load(h + read + r * P.padded + k[None, :], cache_modifier=".cg"),)
+            for i in tl.static_range(len(P.pieces)):
+                a = tl.dot(h_tiles[i], w_tiles[i], a, input_precision="ieee")
         gi, gf, gg, go = activate(a, R, P.units)
         c_tile = gf * c_tile + gi * gg
         h_tile = (go * tanh(c_tile)).to(dtype)
