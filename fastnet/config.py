@@ -112,6 +112,13 @@ class Config:
         "set, and train from those; 0: compute them in each step",
         within=(0, 1000),
     )
+    holdout: float = _flag(
+        0.0,
+        "data",
+        "share of the training images that validates in place of the val split, which is then evaluated once, at the "
+        "end; 0: validate on val",
+        within=(0, 0.5),
+    )
     augment: Augment = field(default_factory=Augment)
 
     batch_size: int = _flag(256, "training", "images per optimiser step, over all ranks", least=1)

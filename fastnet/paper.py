@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if "test" in data.splits:
         files += predict.main([*paths, *on_data, "--out", str(out / "predictions.txt")])["files"]
     page = report.main([*paths, *on_data, "--out", str(out / "report.html")])["files"]
-    files = [*page, *files, *write_results(out, data, scores)]
+    files = [*page, *files, *write_results(out, data, scores, named.get("holdout", 0.0))]
     print("files:", *files, sep="\n  ")
     average = {key: scores[key] for key in ("top1", "top5", "loss", "count")}
     return {"done": True, **average, "runs": scores["runs"], "files": files}
@@ -120,8 +120,9 @@ def train(flags: list[str]) -> bool:
     return True
 
 
-def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[str]:
+def write_results(out: Path, data: PreparedSet, scores: dict[str, Any], holdout: float) -> list[str]:
     """Prints the table of results and writes it as results.md and results.json."""
+    decided = f"{holdout:.0%} of the training images, held out" if holdout else "the same images"
     rows = {**scores["runs"], "average": scores}
     lines = [
         f"| network | here: val error ({data.name}) | here: top-5 error | paper: val error | paper: test error |",
@@ -135,7 +136,8 @@ def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[
         )
     lines += [
         "",
-        f"Errors are fractions of the {scores['count']} validation images. The test labels are not public.",
+        f"Errors are fractions of the {scores['count']} validation images. The end of the frozen phase and the best "
+        f"epoch were decided on {decided}. The test labels are not public.",
     ]
     print("\n".join(lines))
     table, numbers = out / "results.md", out / "results.json"
@@ -144,7 +146,8 @@ def write_results(out: Path, data: PreparedSet, scores: dict[str, Any]) -> list[
     with atomic_write(numbers) as beside:
         kept = {name: {key: rows[name][key] for key in ("top1", "top5", "loss", "count")} for name in rows}
         beside.write_text(
-            json.dumps({"data": data.name, "hash": data.hash, **kept}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"data": data.name, "hash": data.hash, "holdout": holdout, **kept}, indent=1) + "\n",
+            encoding="utf-8",
         )
     return [str(table), str(numbers)]
 

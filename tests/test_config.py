@@ -16,9 +16,10 @@ FLAGS = """
 --accumulate --apex --augment --backend --batch-size --cache-features --checkpoint-every --clip-grad
 --compile --cuda-graph --cutmix --decode --depth --deterministic --device --ema --epochs --erase
 --eval-crop --flip --flip-average --freeze --head-epochs --head-freeze --head-lr --head-optimizer
---image-size --label-smoothing --layer-decay --log-every --lr --max-steps --min-crop --mixup
---momentum --network --optimizer --plateau --plateau-delta --precision --profile-steps --seed
---seq-len --stages --stem --threads --timeout --warmup --weight-decay --weights --weights-partial
+--holdout --image-size --label-smoothing --layer-decay --log-every --lr --max-steps --min-crop
+--mixup --momentum --network --optimizer --plateau --plateau-delta --precision --profile-steps
+--seed --seq-len --stages --stem --threads --timeout --warmup --weight-decay --weights
+--weights-partial
 """
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from fastnet.input.streams import (
     check_ranks,
     part,
     step_share,
+    used,
 )
 
 UPLOAD = 16 << 20  # bytes copied at a time
@@ -103,15 +105,18 @@ class DeviceTrainStream(_DeviceStream):
         world_size: int = 1,
         epoch: int = 0,
         step: int = 0,
+        only: NDArray[np.int64] | None = None,
     ) -> None:
-        check_batch_size(split, batch_size, accumulate, world_size)
+        self._used = used(split, only)
+        n = len(self._used)
+        check_batch_size(split.name, n, batch_size, accumulate, world_size)
         lacking = unsupported(augment)
         if lacking:
             raise InputError(f"--decode device: the kernel has no {lacking}; use gpu, cpu, raw or auto")
-        self.steps_per_epoch, self.accumulate = len(split) // batch_size, accumulate
+        self.steps_per_epoch, self.accumulate = n // batch_size, accumulate
         self._augment, self._seed, self._batch_size = augment, seed, batch_size
         self._rank, self._world_size = rank, world_size
-        share = step_share(len(split), batch_size, 0, rank, world_size)
+        share = step_share(n, batch_size, 0, rank, world_size)
         self._share = share.stop - share.start  # L
         self._parts = [part(self._share, micro, accumulate) for micro in range(accumulate)]
         super().__init__(split, spec, self.steps_per_epoch, self._share)
@@ -123,8 +128,9 @@ class DeviceTrainStream(_DeviceStream):
 
     def _draw(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """An epoch's images, and the table's rows for them. It takes longer than a step, so a thread draws ahead."""
-        n = len(self._split)
-        order, draws = epoch_order(n, self._seed, epoch), epoch_draws(n, self._seed, epoch)
+        n = len(self._used)
+        order = self._used[epoch_order(n, self._seed, epoch)]
+        draws = epoch_draws(len(self._split), self._seed, epoch)
         shares = (
             step_share(n, self._batch_size, step, self._rank, self._world_size)
             for step in range(self.steps_per_epoch)
@@ -190,10 +196,18 @@ class DeviceEvalStream(_DeviceStream):
     """A rank's share of a split, in order, each image once, as EvalStream gives it. `batch_size` is per rank."""
 
     def __init__(
-        self, split: Split, spec: InputSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        split: Split,
+        spec: InputSpec,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        only: NDArray[np.int64] | None = None,
     ) -> None:
-        check_ranks(split, world_size)
-        self._share = np.arange(len(split))[part(len(split), rank, world_size)]
+        images = used(split, only)
+        check_ranks(split.name, len(images), world_size)
+        self._share = images[part(len(images), rank, world_size)]
         self._batch_size = min(batch_size, len(self._share))
         super().__init__(split, spec, 1, len(self._share))
         inputs = eval_inputs(split.sizes[self._share], spec.image_size, spec.eval_crop)
@@ -240,14 +254,14 @@ def why_not_compiled(image_size: int, dtype: torch.dtype, device: torch.device) 
 
 
 def train_stream(
-    split: Split, spec: InputSpec, augment: Augment, **options: int
+    split: Split, spec: InputSpec, augment: Augment, **options: Any
 ) -> TrainStream | DeviceTrainStream:
     """The training stream of `spec.decode`. Raises InputError where the images do not fit it."""
     kind = DeviceTrainStream if spec.decode == "device" else TrainStream
     return kind(split, spec, augment, **options)
 
 
-def eval_stream(split: Split, spec: InputSpec, **options: int) -> EvalStream | DeviceEvalStream:
+def eval_stream(split: Split, spec: InputSpec, **options: Any) -> EvalStream | DeviceEvalStream:
     """The same for each image once."""
     kind = DeviceEvalStream if spec.decode == "device" else EvalStream
     return kind(split, spec, **options)

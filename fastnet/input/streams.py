@@ -55,12 +55,25 @@ def step_share(n: int, batch_size: int, step: int, rank: int, world_size: int) -
     return slice(step * batch_size + share.start, step * batch_size + share.stop)
 
 
+def used(split: Split, only: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """[n] positions of the images of a split that are used; None stands for all."""
+    return np.arange(len(split)) if only is None else only
+
+
 def micro_batches(
-    n: int, batch_size: int, accumulate: int, seed: int, rank: int, world_size: int, epoch: int, step: int
+    images: NDArray[np.int64],
+    batch_size: int,
+    accumulate: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    epoch: int,
+    step: int,
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """A rank's micro-batches of `n` images without end, from (epoch, step) on: the epoch and the images of each."""
+    """A rank's micro-batches of `images` [n] without end, from (epoch, step) on: the epoch and the images of each."""
+    n = len(images)
     for now in itertools.count(epoch):
-        order = epoch_order(n, seed, now)
+        order = images[epoch_order(n, seed, now)]
         for at in range(step if now == epoch else 0, n // batch_size):
             share = order[step_share(n, batch_size, at, rank, world_size)]
             for micro in range(accumulate):
@@ -96,12 +109,10 @@ def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
         )
 
 
-def check_batch_size(split: Split, batch_size: int, accumulate: int, world_size: int) -> None:
+def check_batch_size(split: str, n: int, batch_size: int, accumulate: int, world_size: int) -> None:
     """Raises InputError unless the split has a whole batch, and a batch an image for each of its parts."""
-    if batch_size > len(split):
-        raise InputError(
-            f"--batch-size {batch_size}: the {split.name} split has {len(split)} images; use at most that"
-        )
+    if batch_size > n:
+        raise InputError(f"--batch-size {batch_size}: the {split} split has {n} images; use at most that")
     if batch_size < world_size * accumulate:
         raise InputError(
             f"--batch-size {batch_size}: {world_size} ranks with --accumulate {accumulate} need at least "
@@ -109,12 +120,10 @@ def check_batch_size(split: Split, batch_size: int, accumulate: int, world_size:
         )
 
 
-def check_ranks(split: Split, world_size: int) -> None:
+def check_ranks(split: str, n: int, world_size: int) -> None:
     """Raises InputError for more ranks than the split has images."""
-    if world_size > len(split):
-        raise InputError(
-            f"{world_size} ranks: the {split.name} split has {len(split)} images; start fewer processes"
-        )
+    if world_size > n:
+        raise InputError(f"{world_size} ranks: the {split} split has {n} images; start fewer processes")
 
 
 class _Stream:
@@ -191,7 +200,8 @@ class _Stream:
 class TrainStream(_Stream):
     """Endless micro-batches of a rank, from (epoch, step) on: `accumulate` of them make its share of a step.
 
-    `batch_size` is that of all ranks together. The last incomplete batch of an epoch is left out.
+    `batch_size` is that of all ranks together. The last incomplete batch of an epoch is left out. `only`: positions in
+    the split of the images to train on, if not all.
     """
 
     def __init__(
@@ -207,9 +217,11 @@ class TrainStream(_Stream):
         world_size: int = 1,
         epoch: int = 0,
         step: int = 0,
+        only: NDArray[np.int64] | None = None,
     ) -> None:
-        check_batch_size(split, batch_size, accumulate, world_size)
-        self.steps_per_epoch, self.accumulate = len(split) // batch_size, accumulate
+        images = used(split, only)
+        check_batch_size(split.name, len(images), batch_size, accumulate, world_size)
+        self.steps_per_epoch, self.accumulate = len(images) // batch_size, accumulate
         names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
         largest = -(-batch_size // (world_size * accumulate))
         super().__init__(split, spec, names, augment.policy, largest)
@@ -217,7 +229,7 @@ class TrainStream(_Stream):
         def batches() -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
             drawn, draws = -1, np.empty((0, 0), np.float32)
             for now, index in micro_batches(
-                len(split), batch_size, accumulate, seed, rank, world_size, epoch, step
+                images, batch_size, accumulate, seed, rank, world_size, epoch, step
             ):
                 if now != drawn:
                     drawn, draws = now, epoch_draws(len(split), seed, now)
@@ -241,14 +253,22 @@ class TrainStream(_Stream):
 class EvalStream(_Stream):
     """A rank's share of a split, in order, each image once. Can be iterated again, one iteration at a time.
 
-    `batch_size` is per rank; the last batch may be smaller.
+    `batch_size` is per rank; the last batch may be smaller. `only`: positions in the split, if not all are taken.
     """
 
     def __init__(
-        self, split: Split, spec: InputSpec, *, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        split: Split,
+        spec: InputSpec,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        only: NDArray[np.int64] | None = None,
     ) -> None:
-        check_ranks(split, world_size)
-        self._share = np.arange(len(split))[part(len(split), rank, world_size)]
+        images = used(split, only)
+        check_ranks(split.name, len(images), world_size)
+        self._share = images[part(len(images), rank, world_size)]
         self._batch_size = min(batch_size, len(self._share))
         super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from fastnet.errors import InputError
-from fastnet.training.events import EpochEvent, StepEvent, read_events
+from fastnet.training.events import EpochEvent, PhaseEvent, StepEvent, read_events
 
 QUANTITIES = ("loss", "top-1")
 STYLES: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def read_curves(run_dir: Path, name: str) -> Curves:
             curves.validation.append((event.step, event.val_loss, event.val_top1))
         elif isinstance(event, StepEvent):
             curves.training.append((event.step, event.train_loss, event.train_top1))
-        elif event.phase == "full" and event.step > 0:
+        elif isinstance(event, PhaseEvent) and event.phase == "full" and event.step > 0:
             curves.phase_two = event.step
     if not curves.epochs and not curves.training:
         raise InputError(f"{path}: nothing has been recorded yet; train the run first")

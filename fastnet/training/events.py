@@ -48,7 +48,17 @@ class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
     seconds: float | None = None
 
 
-Event = PhaseEvent | StepEvent | EpochEvent
+class FinalEvent(msgspec.Struct, tag_field="event", tag="final"):
+    """The one look at the val split of a run with --holdout, with the weights of best.pt."""
+
+    step: int
+    val_loss: float
+    val_top1: float
+    val_top5: float
+    val_count: int
+
+
+Event = PhaseEvent | StepEvent | EpochEvent | FinalEvent
 
 
 def read_events(path: Path, length: int | None = None) -> list[Event]:
@@ -63,7 +73,7 @@ def read_events(path: Path, length: int | None = None) -> list[Event]:
             lines = file.read(-1 if length is None else length).splitlines()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    decoder = msgspec.json.Decoder(PhaseEvent | StepEvent | EpochEvent)
+    decoder = msgspec.json.Decoder(Event)
     events: list[Event] = []
     for number, line in enumerate(lines, start=1):
         try:

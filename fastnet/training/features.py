@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastnet.config import Config
-from fastnet.data.prepared import PreparedSet, Split
+from fastnet.data.holdout import Division
+from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
@@ -43,8 +44,12 @@ VALIDATION = "val"  # in place of a draw
 class FrozenFeatures:
     """The kept features of a set for the stages that `network` freezes now. `prepare` computes what is missing."""
 
-    def __init__(self, config: Config, data: PreparedSet, network: Network, runtime: Runtime) -> None:
+    def __init__(
+        self, config: Config, data: PreparedSet, division: Division, network: Network, runtime: Runtime
+    ) -> None:
         self.config, self.data, self.network, self.runtime = config, data, network, runtime
+        self.splits = {"train": division.train, VALIDATION: division.val}
+        self.images = {"train": division.train_images, VALIDATION: division.val_images}
         size = config.image_size
         with torch.no_grad():
             one = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
@@ -75,18 +80,19 @@ class FrozenFeatures:
             "augment": asdict(config.augment),
             "seed": config.seed,
             "precision": str(self.runtime.amp),
+            "holdout": config.holdout,
         }
 
     def files(self) -> dict[Path, tuple[str, str, NDArray[np.int64]]]:
-        """Every file with its split, its draw, and the images in it."""
+        """Every file with what it is for (training or validation), its draw, and the images in it."""
         named = {}
         draws = [("train", str(draw)) for draw in range(self.config.cache_features)]
         # Averaged with mirror images, validation needs pixels.
-        for split, draw in draws if self.config.flip_average else [*draws, ("val", VALIDATION)]:
-            n = len(self.data.splits[split])
-            for first in range(0, n, SHARD):
+        for use, draw in draws if self.config.flip_average else [*draws, (VALIDATION, VALIDATION)]:
+            images = self.images[use]
+            for first in range(0, len(images), SHARD):
                 path = self.folder / f"{draw}-{first // SHARD}.npy"
-                named[path] = split, draw, np.arange(first, min(first + SHARD, n))
+                named[path] = use, draw, images[first : first + SHARD]
         return named
 
     def prepare(self, threads: int) -> None:
@@ -102,8 +108,8 @@ class FrozenFeatures:
         training = self.network.training
         self.network.eval()
         with self.runtime.agree():
-            for split in ("train", "val"):
-                self._make({path: what for path, what in mine if what[0] == split}, split, threads)
+            for use in self.splits:
+                self._make({path: what for path, what in mine if what[0] == use}, use, threads)
         self.network.train(training)
 
     def _check_room(self, images: int) -> None:
@@ -120,16 +126,16 @@ class FrozenFeatures:
                 f"{self.folder}"
             )
 
-    def _make(self, files: dict[Path, tuple[str, str, NDArray[np.int64]]], name: str, threads: int) -> None:
+    def _make(self, files: dict[Path, tuple[str, str, NDArray[np.int64]]], use: str, threads: int) -> None:
         if not files:
             return
         config, device = self.config, self.runtime.device
         spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
-        augment = config.augment if name == "train" else None
+        augment = config.augment if use == "train" else None
         size = max(1, config.batch_size // self.runtime.world_size // config.accumulate)
-        stream = DrawnStream(self.data.splits[name], spec, augment, seed=config.seed, batch_size=size)
+        stream = DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
         full = "free some space, or use fewer draws with --cache-features"
-        for path, (_, draw, index) in track(f"features of {name}", files.items(), len(files), "files"):
+        for path, (_, draw, index) in track(f"features for {use}", files.items(), len(files), "files"):
             epoch = 0 if draw == VALIDATION else int(draw)
             with atomic_write(path, full=full) as beside:
                 rows = np.lib.format.open_memmap(beside, "w+", np.float16, (len(index), self.row))
@@ -147,27 +153,21 @@ class FrozenFeatures:
         flat = [output.permute(0, 2, 3, 1).reshape(len(x), -1) for output in kept]
         return torch.cat(flat, dim=1).to(torch.float16).cpu().numpy()
 
-    def batch(self, split: Split, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> Batch:
-        """Images of a split, with what `read` gives for them."""
-        y = torch.from_numpy(split.labels[index])
-        if self.runtime.device.type == "cuda":
-            y = y.pin_memory().to(self.runtime.device, non_blocking=True)
-        return Batch(self.read(draw, index, dtype), y, index)
-
-    def read(self, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The outputs of `network.kept_stages` for the images `index`, on the device: [B, C, H, W], channels_last."""
+    def batch(self, use: str, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> Batch:
+        """The images `index`, with the outputs of `network.kept_stages`: [B, C, H, W] each, channels_last."""
         rows = np.empty((len(index), self.row), np.float16)
-        for row, image in zip(rows, index, strict=True):
-            row[:] = self._shard(draw, int(image) // SHARD)[int(image) % SHARD]
+        for row, at in zip(rows, np.searchsorted(self.images[use], index), strict=True):
+            row[:] = self._shard(draw, int(at) // SHARD)[int(at) % SHARD]
+        values, y = torch.from_numpy(rows), torch.from_numpy(self.splits[use].labels[index])
         device = self.runtime.device
-        values = torch.from_numpy(rows)
         if device.type == "cuda":
-            values = values.pin_memory().to(device, non_blocking=True)
+            values, y = (t.pin_memory().to(device, non_blocking=True) for t in (values, y))
         parts = values.to(dtype).split([int(np.prod(shape)) for shape in self.shapes], dim=1)
-        return tuple(
+        x = tuple(
             part.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
             for part, (channels, height, width) in zip(parts, self.shapes, strict=True)
         )
+        return Batch(x, y, index)
 
     def _shard(self, draw: str, number: int) -> NDArray[np.float16]:
         path = self.folder / f"{draw}-{number}.npy"
@@ -182,9 +182,8 @@ class FeatureTrainStream:
     def __init__(self, features: FrozenFeatures, dtype: torch.dtype, *, epoch: int, step: int) -> None:
         config, runtime = features.config, features.runtime
         self.features, self.dtype, self.accumulate = features, dtype, config.accumulate
-        self.split = features.data.splits["train"]
         self.todo = micro_batches(
-            len(self.split),
+            features.images["train"],
             config.batch_size,
             config.accumulate,
             config.seed,
@@ -197,7 +196,7 @@ class FeatureTrainStream:
     def __next__(self) -> Batch:
         epoch, index = next(self.todo)
         draw = str(epoch % self.features.config.cache_features)
-        return self.features.batch(self.split, draw, index, self.dtype)
+        return self.features.batch("train", draw, index, self.dtype)
 
 
 class FeatureEvalStream:
@@ -205,9 +204,9 @@ class FeatureEvalStream:
 
     def __init__(self, features: FrozenFeatures, dtype: torch.dtype, batch_size: int) -> None:
         self.features, self.dtype, self.batch_size = features, dtype, batch_size
-        self.split = features.data.splits["val"]
-        n, runtime = len(self.split), features.runtime
-        self.share = np.arange(n)[part(n, runtime.rank, runtime.world_size)]
+        runtime = features.runtime
+        images = features.images[VALIDATION]
+        self.share = images[part(len(images), runtime.rank, runtime.world_size)]
 
     def __len__(self) -> int:
         return -(-len(self.share) // self.batch_size)
@@ -215,4 +214,4 @@ class FeatureEvalStream:
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, len(self.share), self.batch_size):
             index = self.share[first : first + self.batch_size]
-            yield self.features.batch(self.split, VALIDATION, index, self.dtype)
+            yield self.features.batch(VALIDATION, VALIDATION, index, self.dtype)

@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastnet.config import Config
-from fastnet.data.prepared import PreparedSet
+from fastnet.data.holdout import divide
+from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
 from fastnet.input.graph import InputSpec
@@ -38,16 +41,21 @@ class Inputs:
     ) -> None:
         self.config, self.data, self.runtime, self.waited = config, data, runtime, waited
         self.threads = chosen["threads"]
-        train, val = data.splits["train"], data.splits["val"]
-        chosen |= place(config, (train, val), runtime)
+        self.division = divide(data, config.holdout)
+        chosen["validation"] = "holdout" if config.holdout else "val"
+        chosen |= place(config, (self.division.train, self.division.val), runtime)
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
-        self.steps_per_epoch = len(train) // config.batch_size
+        self.steps_per_epoch = len(self.division.train_images) // config.batch_size
         self.share = max(1, config.batch_size // runtime.world_size // config.accumulate)
-        ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
-        self.val: EvalStream | DeviceEvalStream = eval_stream(val, self.spec, batch_size=self.share, **ranks)
+        self.val = self.open_val(self.division.val, self.division.val_images)
         self.images: TrainStream | DeviceTrainStream | None = None
         self.batches: Streamed | Resident | None = None
+
+    def open_val(self, split: Split, only: NDArray[np.int64] | None = None) -> EvalStream | DeviceEvalStream:
+        """This rank's share of a split, as validation takes it."""
+        ranks = {"rank": self.runtime.rank, "world_size": self.runtime.world_size}
+        return eval_stream(split, self.spec, batch_size=self.share, only=only, **ranks)
 
     def caches(self, phase: Phase) -> bool:
         return self.config.cache_features > 0 and phase.frozen != "none"
@@ -56,7 +64,7 @@ class Inputs:
         """Training images, from where the run is; the stream goes on from phase to phase."""
         if self.images is None or self.batches is None:
             self.images = train_stream(
-                self.data.splits["train"],
+                self.division.train,
                 self.spec,
                 self.config.augment,
                 batch_size=self.config.batch_size,
@@ -66,6 +74,7 @@ class Inputs:
                 step=state.step_in_epoch,
                 rank=self.runtime.rank,
                 world_size=self.runtime.world_size,
+                only=self.division.train_images,
             )
             if isinstance(self.images, DeviceTrainStream):
                 self.batches = Resident(self.images)
@@ -75,7 +84,7 @@ class Inputs:
 
     def open_features(self, network: Network, state: TrainState) -> tuple[Streamed, Any]:
         """Training and validation batches of kept features, which are computed where they are missing. Collective."""
-        features = FrozenFeatures(self.config, self.data, network, self.runtime)
+        features = FrozenFeatures(self.config, self.data, self.division, network, self.runtime)
         features.prepare(self.threads)
         dtype = self.runtime.amp or torch.float32
         stream = FeatureTrainStream(features, dtype, epoch=state.epoch, step=state.step_in_epoch)

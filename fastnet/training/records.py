@@ -18,7 +18,7 @@ from fastnet.errors import InputError
 from fastnet.files import atomic_write, refuse_link
 from fastnet.metrics import Totals
 from fastnet.provenance import surroundings
-from fastnet.training.events import EpochEvent, read_events
+from fastnet.training.events import EpochEvent, FinalEvent, read_events
 from fastnet.training.manifest import Manifest, read_manifest
 
 
@@ -90,7 +90,8 @@ class Recorder:
 
 def last_scores(run_dir: Path) -> dict[str, Any]:
     """Loss, top1, top5 and count of the last validation in metrics.jsonl; empty before the first one."""
-    epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
+    events = read_events(run_dir / "metrics.jsonl")
+    epochs = [event for event in events if isinstance(event, EpochEvent | FinalEvent)]
     if not epochs:
         return {}
     last = epochs[-1]

@@ -80,6 +80,8 @@ class Trainer:
                 if self.state.step == self.config.max_steps:
                     break
             self.finish()
+            if self.state.done and self.config.holdout:
+                self.look_at_val()
             if not self.state.done:
                 self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
         return self.outcome()
@@ -233,6 +235,21 @@ class Trainer:
                 f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
             )
         return totals
+
+    def look_at_val(self) -> None:
+        """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
+        best: dict[str, Any] = {}
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                best = checkpoint.load(self.run_dir / "best.pt").result
+        network = self.average.network if self.average else self.network
+        network.load_state_dict(self.runtime.from_main(best))
+        with self.runtime.agree():
+            stream = self.inputs.open_val(self.data.splits["val"])
+        with contextlib.closing(stream):
+            scores = evaluate(network, track("val", stream, len(stream), "batches"), self.runtime)
+        val = {"val_loss": scores.mean_loss, "val_top1": scores.top1, "val_top5": scores.top5}
+        self.record("final", step=self.state.step, **val, val_count=scores.images)
 
     def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:
         """Records the epoch, moves to the next one or the next phase, and saves."""
