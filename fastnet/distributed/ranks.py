@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full,
 T = TypeVar("T")
 
 MEMORY_FULL = "memory full"  # key in the store: how many ranks have said so
+STORE_PATIENCE = 3.0  # seconds
 
 
 @dataclass
@@ -207,10 +209,17 @@ def _lost(runtime: Runtime, timeout: float, error: BaseException) -> LostError:
 
 
 def _heard_of_full_memory(runtime: Runtime) -> bool:
-    try:
-        return runtime.store is not None and runtime.store.check([MEMORY_FULL])
-    except dist.DistError:  # the store is gone with the rank that kept it
-        return False
+    """Asks the store, in a thread: it may live in the very rank that does not answer any more."""
+    heard: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that kept it
+            heard.append(runtime.store is not None and runtime.store.check([MEMORY_FULL]))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(STORE_PATIENCE)
+    return any(heard)
 
 
 def _is_of_the_group(error: BaseException) -> bool:
