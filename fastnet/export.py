@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     scores = scores_at(args.run, run.step)
     position = {"checkpoint": args.checkpoint, "step": run.step, "scores": scores}
     facts = facts_of(run.config, data, run.classes, run.words, position)
+    run.network.flip_average = False  # the file gives the logits of an image as it is
     network = plain_network(run.config, len(run.classes))
     network.load_state_dict(plain_state(run.network))
     images = first_images(run, labelled_split(data, "val"), CHECKED)

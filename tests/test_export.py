@@ -197,6 +197,25 @@ def not_finite(state: dict[str, Tensor]) -> None:
     state["fc.bias"] = torch.full_like(state["fc.bias"], float("nan"))
 
 
+def test_a_small_stem_and_averaged_scores(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is the network with its own first convolution, for an image as it is; the card says so."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    flags = ["--network", "baseline", "--stem", "small", "--flip-average", "--image-size", "32"]
+    flags += ["--epochs", "1", "--batch-size", "14"]
+    train.main(["sample", "--data", str(tiny_set), *flags, "--run-dir", str(run)])
+    done = export.main([str(run), "--format", "safetensors", "--out", str(out)])
+    assert done["difference"] <= done["tolerance"]
+    assert "| scores | means of an image's and its mirror image's" in (out / "README.md").read_text()
+    Image.open(io.BytesIO(jpeg(5, size=32))).save(out / "image.jpg", "PNG")
+    names = run_card(out, monkeypatch)
+    x = torch.from_numpy(names["preprocess"]("image.jpg"))
+    with torch.no_grad():
+        averaged = (names["network"](x) + names["network"](x.flip(3))) / 2
+    assert (averaged - checkpoint_logits(run, x)).abs().max() <= done["tolerance"]
+
+
 @pytest.mark.parametrize("damage", [scaled, other_gate_order, other_group_order, not_finite])
 def test_an_export_that_computes_something_else_is_not_written(
     damage: Callable[[dict[str, Tensor]], None],

@@ -103,10 +103,16 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
     else:
         what = f"A {resnet}"
     scores = facts["scores"]
+    averaged = facts["config"]["flip_average"]
     results = [
         ("validation top-1", f"{scores['top1']:.4f}" if scores else "not measured at this step"),
         *([("validation top-5", f"{scores['top5']:.4f}")] if scores else []),
         *([("validation images", f"{scores['count']:,}")] if scores else []),
+        *(
+            [("scores", "means of an image's and its mirror image's; the file gives one image's")]
+            if averaged
+            else []
+        ),
         ("checkpoint", f"{facts['checkpoint']}, step {facts['step']:,}"),
         ("data", f"{trained_on}, sha256 `{facts['data']['hash']}`"),
         ("training started from", started_from(facts["config"]["weights"])),
@@ -230,9 +236,12 @@ print(facts["words"][int(logits[0].argmax())])
 
 def network_of(facts: dict[str, Any]) -> str:
     """Code that makes `network` with random weights."""
-    resnet = f"torchvision.models.resnet{facts['depth']}"
-    if not facts["lstms"]:
-        return f"network = {resnet}(num_classes={len(facts['classes'])})\n"
-    source = inspect.getsource(ChannelGroupResNet)
-    arguments = f'{resnet}(), facts["lstms"], {len(facts["classes"])}'
-    return f"\n\n{source}\n\nnetwork = ChannelGroupResNet({arguments})\n"
+    code = f"network = torchvision.models.resnet{facts['depth']}(num_classes={len(facts['classes'])})\n"
+    if facts["config"]["stem"] == "small":
+        code += "network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\n"
+        code += "network.maxpool = torch.nn.Identity()\n"
+    if facts["lstms"]:
+        source = inspect.getsource(ChannelGroupResNet)
+        code = f"\n\n{source}\n\n{code}"
+        code += f'network = ChannelGroupResNet(network, facts["lstms"], {len(facts["classes"])})\n'
+    return code

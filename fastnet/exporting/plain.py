@@ -53,6 +53,9 @@ class ChannelGroupResNet(nn.Module):
 def plain_network(config: Config, classes: int) -> nn.Module:
     """torchvision's ResNet or a ChannelGroupResNet, in evaluation mode, with random weights that take no gradient."""
     network = torchvision.models.get_model(f"resnet{config.depth}", weights=None, num_classes=classes)
+    if config.stem == "small":
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
     if config.network == "lstm":
         network = ChannelGroupResNet(network, lstm_sizes(config), classes)
     return network.eval().requires_grad_(False)
