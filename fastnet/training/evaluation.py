@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,7 @@ from fastnet.errors import InputError
 from fastnet.input.streams import Batch
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
+from fastnet.training.checkpoint import load
 
 
 @torch.inference_mode()
@@ -25,6 +28,16 @@ def evaluate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Tot
         counter.add(logits, y)
     network.train(training)
     return Totals(*runtime.sum_(counter.sums).tolist())
+
+
+def evaluate_saved(network: Network, path: Path, stream: Iterable[Batch], runtime: Runtime) -> Totals:
+    """The same with the weights of a checkpoint, which rank 0 reads into `network` of every rank."""
+    weights: dict[str, Any] = {}
+    with runtime.agree():
+        if runtime.is_main:
+            weights = load(path).result
+    network.load_state_dict(runtime.from_main(weights))
+    return evaluate(network, stream, runtime)
 
 
 def check_weights(network: Network, step: int) -> None:

@@ -60,6 +60,13 @@ class Inputs:
     def caches(self, phase: Phase) -> bool:
         return self.config.cache_features > 0 and phase.frozen != "none"
 
+    def open(self, phase: Phase, network: Network, state: TrainState) -> tuple[Streamed | Resident, Any]:
+        """What a phase trains on, and what it validates on. Collective."""
+        if self.caches(phase):
+            return self.open_features(network, state)
+        with self.runtime.agree():
+            return self.open_images(state), self.val
+
     def open_images(self, state: TrainState) -> Streamed | Resident:
         """Training images, from where the run is; the stream goes on from phase to phase."""
         if self.images is None or self.batches is None:

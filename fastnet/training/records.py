@@ -20,6 +20,7 @@ from fastnet.metrics import Totals
 from fastnet.provenance import surroundings
 from fastnet.training.events import EpochEvent, FinalEvent, read_events
 from fastnet.training.manifest import Manifest, read_manifest
+from fastnet.training.state import TrainState
 
 
 class Recorder:
@@ -76,8 +77,7 @@ class Recorder:
 
     def epoch(self, title: str, trained: dict[str, Any], scores: Totals) -> None:
         """Records an epoch: its training record, and its validation scores."""
-        val = {"val_loss": scores.mean_loss, "val_top1": scores.top1, "val_top5": scores.top5}
-        self.event("epoch", **trained, **val, val_count=scores.images)
+        self.event("epoch", **trained, **as_record(scores))
         if not self.main:
             return
         line = (
@@ -86,6 +86,19 @@ class Recorder:
             f"{trained['images_per_s']:.0f} images/s, waits for data {trained['data_wait']:.0%}"
         )
         print(line, file=sys.stderr, flush=True)
+
+
+def as_record(scores: Totals) -> dict[str, Any]:
+    """Validation scores as a line of metrics.jsonl has them."""
+    val = {"val_loss": scores.mean_loss, "val_top1": scores.top1, "val_top5": scores.top5}
+    return {**val, "val_count": scores.images}
+
+
+def outcome(run_dir: Path, state: TrainState) -> dict[str, Any]:
+    """The command's result: the last validation, if there was one, how far the run is, and its files."""
+    files = [str(path) for path in sorted(run_dir.glob("[!.]*"))]
+    run = {"done": state.done, "step": state.step, "run": str(run_dir), "files": files}
+    return {**last_scores(run_dir), **run}
 
 
 def last_scores(run_dir: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,21 @@ from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
-from fastnet.network.weights import load_backbone
 from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
-from fastnet.training.batches import Resident, Streamed
-from fastnet.training.capture import CapturedStep, capture, own_stream
+from fastnet.training.capture import own_stream
 from fastnet.training.ema import MovingAverage
-from fastnet.training.evaluation import check_weights, evaluate
+from fastnet.training.evaluation import check_weights, evaluate, evaluate_saved
 from fastnet.training.inputs import Inputs
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
-from fastnet.training.mixing import Mixer
-from fastnet.training.parallel import data_parallel, share_weights
-from fastnet.training.phases import finish_epoch, learning_rate, make_optimizer, plan
-from fastnet.training.records import Recorder, add_to_session, last_scores, write_manifest
-from fastnet.training.setup import check_sizes, choices
+from fastnet.training.parallel import share_weights
+from fastnet.training.phases import finish_epoch, learning_rate, plan
+from fastnet.training.records import Recorder, add_to_session, as_record, outcome, write_manifest
+from fastnet.training.running import RunningPhase
+from fastnet.training.setup import check_sizes, choices, starting_weights
 from fastnet.training.state import TrainState
-from fastnet.training.step import TrainStep, set_learning_rate
 
 
 class Trainer:
@@ -52,12 +50,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
         self.average: MovingAverage | None = None
-        self.mixer = Mixer(config, runtime) if config.mixup or config.cutmix else None
         self.phases = plan(config)
         self.state = TrainState()
         self.saved: checkpoint.Checkpoint | None = None
-        self.begun: int | None = None  # index of the phase that optimiser, loss scaler and model belong to
-        self.graph: CapturedStep | None = None
+        self.running: RunningPhase | None = None
+        self.begun: int | None = None  # index of the phase that is running
         self.counter = Counter(runtime.device)
         self.stopwatch = Stopwatch(runtime.device)
 
@@ -68,7 +65,7 @@ class Trainer:
         self.resume()
         if self.state.done or 0 < self.config.max_steps <= self.state.step:
             self.say(f"already done up to step {self.state.step}; give another --run-dir to train anew")
-            return self.outcome()
+            return outcome(self.run_dir, self.state)
         with self.resources():
             while not self.state.done:
                 self.begin_phase()
@@ -84,7 +81,7 @@ class Trainer:
                 self.look_at_val()
             if not self.state.done:
                 self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
-        return self.outcome()
+        return outcome(self.run_dir, self.state)
 
     def resume(self) -> None:
         """Takes up the run's last checkpoint, or the weights that --weights names where there is none."""
@@ -98,7 +95,9 @@ class Trainer:
                 checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
                 self.state = self.saved.position
             elif self.runtime.is_main:
-                self.load_weights()
+                note = starting_weights(self.network, self.config)
+                if note:
+                    self.say(note)
         self.network.to(self.runtime.device)
         share_weights(self.network, self.runtime)
         if self.config.ema:
@@ -106,86 +105,39 @@ class Trainer:
             if self.saved and self.saved.average:
                 checkpoint.load_model(self.average.network, self.run_dir / "last.pt", self.saved.average)
 
-    def load_weights(self) -> None:
-        """The weights that --weights names, and what of them was left out."""
-        config = self.config
-        note = load_backbone(self.network, config.depth, config.weights, partial=config.weights_partial)
-        if note:
-            self.say(note)
-
     def begin_phase(self) -> None:
         """Freezes what the phase freezes and readies its training step, unless it is under way already."""
-        if self.begun == self.state.phase:
+        if self.running and self.begun == self.state.phase:
             return
-        self.close_graph()
+        self.close_phase()
         self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
         self.network.freeze(self.phase.frozen)
         self.network.train()
-        self.open_batches()
-        step = self.make_step()
-        if self.resumes_phase and self.runtime.is_main:
+        batches, self.val_stream = self.inputs.open(self.phase, self.network, self.state)
+        saved = self.saved if self.state.phase_epoch + self.state.step_in_epoch > 0 else None
+        self.running = RunningPhase(
+            self.phase,
+            self.config,
+            self.runtime,
+            self.network,
+            self.average,
+            batches,
+            self.counter,
+            saved,
+            self.run_dir / "last.pt",
+        )
+        if saved and self.runtime.is_main:
             # The totals are sums over the ranks, so one of them carries what was there.
             self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
-        self.step: Callable[[], None] = step if self.graphs == "off" else self.captured(step)
+        if self.graphs != "off":
+            outcome = self.running.capture()
+            self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
+            self.note(**{f"cuda_graph_{self.phase.name}": outcome})
 
-    def open_batches(self) -> None:
-        """What the phase trains and validates on."""
-        self.val_stream: Any = self.inputs.val
-        self.batches: Streamed | Resident
-        if self.inputs.caches(self.phase):
-            self.batches, self.val_stream = self.inputs.open_features(self.network, self.state)
-        else:
-            with self.runtime.agree():
-                self.batches = self.inputs.open_images(self.state)
-
-    def close_graph(self) -> None:
-        """Frees what a captured step holds, the ranks' communicator among it."""
-        if self.graph:
-            self.graph.close()
-        self.graph = None
-
-    def make_step(self) -> TrainStep:
-        """The phase's optimiser, loss scaler and training step, as the checkpoint has them if it is of this phase."""
-        config, runtime = self.config, self.runtime
-        with runtime.agree():
-            self.optimizer = make_optimizer(self.phase, self.network, config)
-        model = data_parallel(self.network, runtime, compiled=config.compile)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-        if self.saved and self.resumes_phase:
-            with runtime.agree():
-                checkpoint.restore(self.optimizer, self.scaler, self.run_dir / "last.pt", self.saved)
-        return TrainStep(
-            config,
-            runtime,
-            model,
-            self.optimizer,
-            self.scaler,
-            self.counter,
-            self.batches,
-            self.average,
-            self.mixer,
-        )
-
-    @property
-    def resumes_phase(self) -> bool:
-        return self.saved is not None and self.state.phase_epoch + self.state.step_in_epoch > 0
-
-    def captured(self, step: TrainStep) -> Callable[[], None]:
-        """`step` replayed as a CUDA graph, where that does the same, else a plain one; says and records which it is."""
-        batches = self.batches.fixed(self.runtime.amp or torch.float32)
-        try:
-            self.graph, agreement = capture(step, batches, self.network, self.phase)
-            taken: Callable[[], None] = self.graph
-            outcome = f"on, {agreement}"
-        except InputError as error:
-            if self.config.cuda_graph == "on":
-                raise InputError(f"--cuda-graph on: {error}; use auto or off") from error
-            taken, outcome = self.make_step(), f"off, {error}"
-        self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
-        with self.runtime.agree():
-            if self.runtime.is_main:
-                add_to_session(self.run_dir, **{f"cuda_graph_{self.phase.name}": outcome})
-        return taken
+    def close_phase(self) -> None:
+        if self.running:
+            self.running.close()
+        self.running = None
 
     def train_epoch(self) -> bool:
         """Trains to the end of the epoch under way, or to --max-steps. Returns False after a signal to stop."""
@@ -213,12 +165,8 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step on the next global batch. Nothing in it waits for the device."""
-        set_learning_rate(self.optimizer, self.rate(self.state.step_in_epoch))
-        if self.average:
-            self.average.set_step(self.state.step)
-        if self.mixer:
-            self.mixer.set_step(self.state.step)
-        self.step()
+        assert self.running
+        self.running.step(self.state.step, self.rate(self.state.step_in_epoch))
         self.stopwatch.step()
         self.state.step_in_epoch += 1
         self.state.step += 1
@@ -238,18 +186,11 @@ class Trainer:
 
     def look_at_val(self) -> None:
         """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
-        best: dict[str, Any] = {}
-        with self.runtime.agree():
-            if self.runtime.is_main:
-                best = checkpoint.load(self.run_dir / "best.pt").result
         network = self.average.network if self.average else self.network
-        network.load_state_dict(self.runtime.from_main(best))
-        with self.runtime.agree():
-            stream = self.inputs.open_val(self.data.splits["val"])
-        with contextlib.closing(stream):
-            scores = evaluate(network, track("val", stream, len(stream), "batches"), self.runtime)
-        val = {"val_loss": scores.mean_loss, "val_top1": scores.top1, "val_top5": scores.top5}
-        self.record("final", step=self.state.step, **val, val_count=scores.images)
+        best = self.run_dir / "best.pt"
+        with closing(self.inputs.open_val(self.data.splits["val"])) as stream:
+            val = evaluate_saved(network, best, track("val", stream, len(stream), "batches"), self.runtime)
+        self.record("final", step=self.state.step, **as_record(val))
 
     def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:
         """Records the epoch, moves to the next one or the next phase, and saves."""
@@ -271,13 +212,14 @@ class Trainer:
         self.state.totals = list(self.summed_totals())
         self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
         check_weights(self.network, self.state.step)
+        assert self.running
         # Between two phases there is no optimiser to keep.
         under_way = self.state.phase_epoch + self.state.step_in_epoch > 0
         content = {
             "config": self.config.to_json(),
             "model": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict() if under_way else None,
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.running.optimizer.state_dict() if under_way else None,
+            "scaler": self.running.scaler.state_dict(),
             "position": asdict(self.state),
             "data_hash": self.data.hash,
             "classes": self.data.classes,
@@ -294,7 +236,7 @@ class Trainer:
         self.finish()
         self.stop_signal.check_own(self.state.step)
         self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")
-        return self.outcome()
+        return outcome(self.run_dir, self.state)
 
     # --- what it is made of
 
@@ -308,7 +250,7 @@ class Trainer:
         self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(own_stream(runtime.device))
-            stack.callback(self.close_graph)
+            stack.callback(self.close_phase)
             with runtime.agree():
                 self.inputs = Inputs(config, self.data, runtime, chosen, self.stopwatch.waited)
                 stack.callback(self.inputs.close)
@@ -383,18 +325,13 @@ class Trainer:
         """Waits for the last save, and notes in the manifest how the session ended."""
         with self.runtime.agree():
             self.writer.finish()
+        self.note(to_step=self.state.step, done=self.state.done)
+
+    def note(self, **facts: Any) -> None:
+        """Adds to what the manifest says of this session."""
+        with self.runtime.agree():
             if self.runtime.is_main:
-                add_to_session(self.run_dir, to_step=self.state.step, done=self.state.done)
+                add_to_session(self.run_dir, **facts)
 
     def say(self, line: str) -> None:
         self.runtime.say(f"{self.run_dir}: {line}")
-
-    def outcome(self) -> dict[str, Any]:
-        """The command's result: the last validation, if there was one, how far the run is, and its files."""
-        return {
-            **last_scores(self.run_dir),
-            "done": self.state.done,
-            "step": self.state.step,
-            "run": str(self.run_dir),
-            "files": [str(path) for path in sorted(self.run_dir.glob("[!.]*"))],
-        }

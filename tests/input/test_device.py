@@ -8,6 +8,7 @@ Shapes: L images of a rank's share of a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def on_device() -> Iterator[None]:
         yield
 
 
-def device_stream(split: Split, augment: Augment = PLAIN, **options: int) -> DeviceTrainStream:
+def device_stream(split: Split, augment: Augment = PLAIN, **options: Any) -> DeviceTrainStream:
     return DeviceTrainStream(
         split, spec(SIZE, decode="device"), augment, **{"batch_size": 8, "seed": 3, **options}
     )
@@ -55,7 +56,13 @@ def assert_same(mine: Batch, theirs: Batch) -> None:
 @pytest.mark.parametrize(("rank", "world", "accumulate"), [(0, 1, 1), (1, 2, 3)])
 def test_batches_are_those_of_the_graph(train: Split, rank: int, world: int, accumulate: int) -> None:
     """From the last step of an epoch into the next one."""
-    where = {"rank": rank, "world_size": world, "accumulate": accumulate, "epoch": 1, "step": 11}
+    where: dict[str, Any] = {
+        "rank": rank,
+        "world_size": world,
+        "accumulate": accumulate,
+        "epoch": 1,
+        "step": 11,
+    }
     assert TRAIN // 8 == 12
     mine = device_stream(train, PLAIN, **where)
     for theirs in take(stream(train, PLAIN, how=spec(SIZE), batch_size=8, **where), 2 * accumulate):
@@ -100,7 +107,7 @@ def test_an_epochs_table(train: Split, world: int, accumulate: int) -> None:
 @pytest.mark.usefixtures("on_device")
 def test_evaluation_is_that_of_the_graph(val: Split) -> None:
     """The last of three ranks, whose last batch is smaller; an iteration that was broken off begins anew."""
-    place = {"batch_size": 9, "rank": 2, "world_size": 3}
+    place: dict[str, Any] = {"batch_size": 9, "rank": 2, "world_size": 3}
     mine = DeviceEvalStream(val, spec(SIZE, decode="device"), **place)
     theirs = EvalStream(val, spec(SIZE), **place)
     assert len(mine) == len(theirs) == 2

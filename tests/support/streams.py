@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def spec(size: int = 32, decode: str = "cpu", threads: int = 1, eval_crop: float
 
 
 def stream(
-    split: Split, augment: Augment = PLAIN, *, how: InputSpec | None = None, **options: int
+    split: Split, augment: Augment = PLAIN, *, how: InputSpec | None = None, **options: Any
 ) -> TrainStream:
     return TrainStream(split, how or spec(), augment, **{"batch_size": 20, "seed": 3, **options})
 

@@ -118,13 +118,13 @@ def test_a_replayed_step_keeps_its_budget(network: str, decode: str, tiny_set: P
     for index, phase in enumerate(("head", "full")):
         run = tmp_path / phase
         with tiny_trainer(network, "cuda", torch.bfloat16, tiny_set, run, decode=decode) as trainer:
-            begin(trainer, index)
-            plain = trainer.step
+            running = begin(trainer, index)
+            plain = running.launch
             assert isinstance(plain, TrainStep)
-            plain.batches = trainer.batches.fixed(torch.bfloat16)
+            plain.batches = running.batches.fixed(torch.bfloat16)
             for _ in range(STEPS_BEFORE):
                 plain()
-            trainer.step = replayed = CapturedStep(plain)
+            running.launch = replayed = CapturedStep(plain)
             replayed.capture()
             found[phase] = step_costs(trainer, "graph_launches", "d2d", "events")
     committed = json.loads(BUDGETS.read_text())["replayed"][network][decode]

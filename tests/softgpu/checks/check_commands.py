@@ -127,9 +127,9 @@ def test_records_and_validation_read_the_device_once(tiny_set: Path, tmp_path: P
 def test_a_save_waits_once_and_not_in_the_training(tiny_set: Path, tmp_path: Path) -> None:
     """The state goes into pinned memory; the thread that writes it waits for all copies at once."""
     with tiny_trainer("baseline", "cuda", torch.bfloat16, tiny_set, tmp_path) as trainer:
-        begin(trainer, 1)
+        running = begin(trainer, 1)
         trainer.train_step()
-        state = {"model": trainer.network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+        state = {"model": trainer.network.state_dict(), "optimizer": running.optimizer.state_dict()}
         with softgpu.watch() as seen:
             trainer.writer.save(state, best=False)
             trainer.writer.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def split(tiny_set: Path) -> Split:
     return open_set(tiny_set).splits["train"]
 
 
-def device_stream(split: Split, dtype: torch.dtype, **options: int) -> DeviceTrainStream:
+def device_stream(split: Split, dtype: torch.dtype, **options: Any) -> DeviceTrainStream:
     spec = InputSpec(32, CUDA, dtype, "device", 1)
     return DeviceTrainStream(split, spec, Augment(), **{"batch_size": 8, "seed": 3, **options})
 
