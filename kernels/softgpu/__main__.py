@@ -19,6 +19,9 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int, metavar="N", default=1, help="GPUs that it sees")
     parser.add_argument("--memory-mb", type=int, metavar="N", default=81920, help="memory of each")
+    parser.add_argument(
+        "--capability", type=int, metavar="N", default=80, help="compute capability, 90 for 9.0"
+    )
     modes = ("exact", "null")
     parser.add_argument(
         "--operators", choices=modes, default="exact", help="compute torch's operators, or count them"
@@ -34,7 +37,11 @@ def main() -> None:
     if not command:
         parser.error("name a SCRIPT, or -m MODULE")
     softgpu.install(
-        devices=args.devices, memory_mb=args.memory_mb, operators=args.operators, triton=args.triton
+        devices=args.devices,
+        capability=args.capability,
+        memory_mb=args.memory_mb,
+        operators=args.operators,
+        triton=args.triton,
     )
     sys.argv = command
     with report() if args.report else contextlib.nullcontext():

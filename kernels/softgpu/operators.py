@@ -188,6 +188,8 @@ def _dropped(op: Any) -> Callable[..., Any]:
         watching.note_operator(op._schema.name.removeprefix("aten::"), tensors_in([*args, *kwargs.values()]))
         device = tensors_in(args)[0].device
         library.library().softgpu_count_kernel(torch._C._cuda_getCurrentRawStream(device.index))
+        if "out" in kwargs:
+            return kwargs["out"]
         made = [
             None if form is None else torch.empty_strided(form[0], form[1], dtype=form[2], device=device)
             for form in forms(op, args, kwargs) or []
@@ -208,7 +210,9 @@ def install(mode: str) -> None:
     _library = torch.library.Library("aten", "IMPL")
     if mode == "null":
         for name in sorted(LIBRARIES):
-            _library.impl(name, _dropped(getattr(aten, name).default), "CUDA")
+            for overload in {"default", "out"} & set(getattr(aten, name).overloads()):
+                op = getattr(getattr(aten, name), overload)
+                _library.impl(op._name.removeprefix("aten::"), _dropped(op), "CUDA")
         return
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     names = {name.removeprefix("aten::") for name in registered if name.startswith("aten::")} | ALSO

@@ -13,6 +13,7 @@ CHECKS = Path(__file__).with_name("checks")
 GROUPS = {
     "lstm": (["check_training.py", "-k", "lstm"], []),
     "kernels": (["check_kernels.py"], []),
+    "compiled": (["check_compiled.py", "-k", "captured"], []),
     "commands": (["check_commands.py"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
@@ -21,6 +22,10 @@ GROUPS = {
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "images": (["check_images.py"], ["--memory-mb", "512"]),
+    "hopper": (
+        ["check_compiled.py", "-k", "hopper"],
+        ["--operators", "null", "--triton", "null", "--capability", "90"],
+    ),
     "device": (["check_device.py"], ["--devices", "2", "--memory-mb", "512"]),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -12,9 +11,9 @@ from torch import Tensor
 
 import softgpu
 from fastnet.metrics import Totals
-from fastnet.training.trainer import Trainer
 from softgpu import forms
 from tests.softgpu.trainers import begin, tiny_trainer
+from tests.softgpu.weights import distance, snapshot
 
 NETWORKS = ("baseline", "lstm")
 HALF = (torch.bfloat16, torch.float16)
@@ -54,16 +53,6 @@ def steps(
             loss = Totals(*trainer.counter.sums.tolist()).mean_loss
             outcomes.append(Outcome(loss, moved, seen))
     return outcomes
-
-
-def snapshot(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights and batch norm statistics in float64 on the host."""
-    state = trainer.network.state_dict()
-    return {name: t.double().cpu() for name, t in state.items() if t.is_floating_point()}
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return math.hypot(*((a[name] - b[name]).norm().item() for name in b))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
