@@ -60,5 +60,6 @@ class Mixer:
         columns = (at >= left[:, None]) & (at < right[:, None])  # [B, S]
         inside = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, S, S]
         own = torch.where(inside, 0.0, share[:, None, None, None]).to(x.dtype)  # [B, 1, S, S]
-        mixed = torch.lerp(x.roll(1, dims=0), x, own)
+        before = torch.cat((x[-1:], x[:-1]))  # x.roll(1, dims=0) is not channels_last on a GPU
+        mixed = torch.lerp(before, x, own)
         return mixed, share * (1 - inside.float().mean(dim=(1, 2, 3)))
