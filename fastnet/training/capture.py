@@ -192,9 +192,10 @@ class Snapshot:
                 start = self.start.get(name, torch.zeros_like(after))
                 moved = math.hypot(moved, torch.dist(after, start).item())
                 apart = math.hypot(apart, torch.dist(after, replayed[name]).item())
-        if not apart <= bound * moved:
+        share = apart / moved if moved else math.inf
+        if not share <= bound:
             raise InputError(
-                f"{COMPARED} replayed steps end {apart / moved:.2g} away from {COMPARED} plain ones, "
+                f"{COMPARED} replayed steps end {share:.2g} away from {COMPARED} plain ones, "
                 f"more than rounding explains ({bound:.2g})"
             )
-        return f"to {apart / moved:.1g} as plain steps (rounding: {bound:.1g})"
+        return f"to {share:.1g} as plain steps (rounding: {bound:.1g})"
