@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.gpu import FIELDS, GpuWatch
 from fastnet.errors import InputError
-from fastnet.provenance import surroundings
+from fastnet.provenance import cpu_name, surroundings
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
@@ -45,9 +46,18 @@ def parser(module: str, about: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def on_softgpu() -> bool:
+    """Whether the GPU is a software one, about whose time nothing can be said."""
+    return "softgpu" in sys.modules
+
+
+def machine() -> str:
+    return cpu_name() if on_softgpu() else surroundings()["machine"]
+
+
 def results_dir(root: Path = RESULTS) -> Path:
     """The directory of this machine's results: processor or GPU, and cores. Raises InputError if it cannot be made."""
-    name = f"{surroundings()['machine']} {len(os.sched_getaffinity(0))} cores"
+    name = f"{machine()} {len(os.sched_getaffinity(0))} cores"
     plain = re.sub(r"\(\w+\)", "", name).lower()
     path = root / re.sub("[^a-z0-9]+", "-", plain).strip("-")
     try:
@@ -77,7 +87,7 @@ def about() -> dict[str, Any]:
     versions = known["versions"]
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": known["machine"],
+        "machine": machine(),
         "cores": len(os.sched_getaffinity(0)),
         "git": known["git"],
         "python": versions["python"],

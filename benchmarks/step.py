@@ -5,7 +5,10 @@
 For both networks in both phases, these take turns: steps of a real epoch; the same steps on one resident batch, which
 is the limit; and the network written plainly (a DataLoader over PIL images, NCHW, float32, an nn.LSTM per group,
 gradients for all parameters). Then it says where the time of an epoch's step goes, from a trace of torch.profiler, and
-measures weak scaling over ranks with train.py itself.
+measures weak scaling over ranks with train.py itself. On a GPU it says what a step asks of the host, plain, compiled
+and as a CUDA graph; on softgpu that is all it can say:
+
+    python -m softgpu --operators null --triton null -m benchmarks.step
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
+from benchmarks.host import host_costs
 from benchmarks.pipeline import Source, loader, pil_dataset
 from benchmarks.plain import Plain, difference, plain_step
-from benchmarks.trace import Trace, counts_of, shares_of, traced
+from benchmarks.trace import Trace, shares_of, traced
 from fastnet import train
 from fastnet.cli import run_command
 from fastnet.config import Config, paper
@@ -38,6 +42,7 @@ from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, single_process
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
+from fastnet.training.batches import Streamed
 from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
@@ -47,6 +52,8 @@ KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantit
 class Resident:
     """A stream that always gives the same batch."""
 
+    accumulate = 1
+
     def __init__(self, batch: Batch, steps_per_epoch: int) -> None:
         self.batch, self.steps_per_epoch = batch, steps_per_epoch
 
@@ -54,12 +61,23 @@ class Resident:
         return self.batch
 
 
+class OneStream:
+    """A trainer's inputs that are one stream."""
+
+    def __init__(self, stream: Any, device: torch.device) -> None:
+        self.batches, self.steps_per_epoch = Streamed(stream, device, lambda _: None), stream.steps_per_epoch
+
+    def open(self, *_: Any) -> tuple[Streamed, None]:
+        return self.batches, None
+
+
 def make_trainer(config: Config, phase: str, data: PreparedSet, stream: Any, runtime: Runtime) -> Trainer:
     """A trainer at the start of `phase`, whose `train_step` takes its batches from `stream`. It writes no files."""
     trainer = Trainer(config, data, Path("runs") / "benchmarks", runtime)
     trainer.network.to(runtime.device)
     trainer.state.phase = [p.name for p in trainer.phases].index(phase)
-    trainer.train_stream = stream
+    inputs: Any = OneStream(stream, runtime.device)
+    trainer.inputs, trainer.graphs = inputs, "off"
     trainer.begin_phase()
     return trainer
 
@@ -132,9 +150,6 @@ def measure(
         trace = Trace(traced(trainer.train_step, steps, runtime.device))
         for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
-        if trace.work:
-            for name, count in counts_of(trace, steps).items():
-                table.add(case, EPOCH, name, "a step", [count])
 
 
 def frozen_over_full(table: Table) -> None:
@@ -217,6 +232,11 @@ def main(argv: Sequence[str]) -> None:
     runtime = single_process()
     data = default_set(args.data)
     torch.set_num_threads(args.threads)
+    if harness.on_softgpu():
+        table = Table("step-softgpu", quick=args.quick)
+        host_costs(table, data, runtime.device, quick=args.quick, threads=args.threads)
+        table.write()
+        return
     table = Table("step", quick=args.quick)
     with tempfile.TemporaryDirectory() as folder:
         for network, phase, size, batch in cases(runtime, quick=args.quick):
@@ -224,6 +244,8 @@ def main(argv: Sequence[str]) -> None:
             case |= {"threads": args.threads, "device": runtime.device.type}
             source = Source(data.splits["train"], Path(folder), batch)
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
+    if runtime.device.type == "cuda":
+        host_costs(table, data, runtime.device, quick=args.quick, threads=args.threads)
     frozen_over_full(table)
     scaling(table, data, quick=args.quick, threads=args.threads)
     harness.mark_ratios(table.rows, LIMIT, KEYS)

@@ -22,14 +22,16 @@ Event = dict[str, Any]
 
 
 def traced(step: Callable[[], None], steps: int, device: torch.device) -> list[Event]:
-    """The events of a trace of `steps` steps, which lie in a range named "whole"; one step goes before."""
+    """The events of a trace of `steps` steps, which lie in a range "steps", and that with the wait for their end in
+    "whole"; one step goes before."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     step()
     with torch.profiler.profile(activities=kinds) as profile, torch.profiler.record_function("whole"):
-        for _ in range(steps):
-            step()
+        with torch.profiler.record_function("steps"):
+            for _ in range(steps):
+                step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,14 +85,15 @@ def shares_of(trace: Trace) -> dict[str, float]:
 
 
 def counts_of(trace: Trace, steps: int) -> dict[str, float]:
-    """Of a step on a GPU: launches (kernels, copies and fills), waits for the device, and the host's milliseconds."""
-    begun = min(e["ts"] for e in trace.ranges("data"))
-    ended = max(e["ts"] + e["dur"] for e in trace.ranges("optimizer"))
-    calls = [e for kind in CALLS for e in trace.by_kind[kind] if e["tid"] == trace.caller and e["ts"] < ended]
+    """Of a step on a GPU: launches (of kernels, copies, fills and graphs), CUDA calls, and waits for the device."""
+    (whole,) = trace.ranges("steps")
+    calls = [e for kind in CALLS for e in trace.by_kind[kind] if e["ts"] < whole["ts"] + whole["dur"]]
+    own = [e for e in calls if e["tid"] == trace.caller]
+    launches = {launch["args"]["correlation"] for launch, _ in trace.work}
     return {
-        "launches": len(trace.work) / steps,
-        "synchronisations": sum(bool(WAIT.match(e["name"])) for e in calls) / steps,
-        "host ms": (ended - begun) / 1e3 / steps,
+        "launches": len(launches) / steps,
+        "CUDA calls": len(calls) / steps,
+        "synchronisations": sum(bool(WAIT.match(e["name"])) for e in own) / steps,
     }
 
 

@@ -33,6 +33,7 @@ def trace() -> Trace:
     return Trace(
         [
             span("whole", 0, 1000),
+            span("steps", 0, 225),
             span("data", 0, 50),
             span("forward", 50, 100),
             span("lstm", 80, 90),
@@ -70,5 +71,5 @@ def test_shares_on_a_gpu(trace: Trace) -> None:
 
 def test_counts_and_kernels_on_a_gpu(trace: Trace) -> None:
     """Two steps: the wait after the last one, and another thread's, are not theirs."""
-    assert counts_of(trace, 2) == {"launches": 2.5, "synchronisations": 0.5, "host ms": 0.11}
+    assert counts_of(trace, 2) == {"launches": 2.5, "CUDA calls": 4, "synchronisations": 0.5}
     assert kernels_of(trace, 2) == {"slow": (1.5, 190), "quick": (1, 35)}

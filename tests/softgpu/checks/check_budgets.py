@@ -16,7 +16,11 @@ import torch
 from triton import knobs
 
 import softgpu
+from benchmarks import host
+from benchmarks.harness import Table
 from fastnet.config import paper
+from fastnet.data.prepared import open_set
+from fastnet.distributed.ranks import Runtime
 from fastnet.network.network import Network
 from fastnet.training.capture import CapturedStep
 from fastnet.training.evaluation import evaluate
@@ -129,3 +133,16 @@ def test_a_replayed_step_keeps_its_budget(network: str, decode: str, tiny_set: P
             found[phase] = step_costs(trainer, "graph_launches", "d2d", "events")
     committed = json.loads(BUDGETS.read_text())["replayed"][network][decode]
     assert found == committed, f"what fell is to be written to {BUDGETS.name}, what rose to be mended"
+
+
+def test_the_hosts_part_of_a_replay(tiny_set: Path) -> None:
+    """In benchmarks/results: at most five CUDA calls a step, none of them a wait."""
+    table, runtime = Table("step-softgpu", quick=True), Runtime(torch.device("cuda"), amp=torch.bfloat16)
+    # Small batches, so that no epoch ends meanwhile: the next one's order would be a copy and a launch more.
+    case = {"network": "lstm", "phase": "full", "image_size": 32, "batch": 2, "threads": 1}
+    name = "CUDA graph, set on the device"
+    host.measure(table, case, name, host.VARIANTS[name], open_set(tiny_set), runtime)
+    found = {row["quantity"]: float(row["p50"]) for row in table.rows}
+    assert found.keys() == {"launches", "CUDA calls", "synchronisations", "host ms"}
+    assert found["launches"] <= 2 and found["CUDA calls"] <= 5 and found["synchronisations"] == 0
+    assert found["host ms"] > 0
