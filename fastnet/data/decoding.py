@@ -1,11 +1,12 @@
-"""Decodes images by DALI's CPU decoder, the one that decodes them in training."""
+"""Decodes images on the CPU: many at once by DALI, or one after another by libjpeg-turbo, to the same pixels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
@@ -31,7 +32,7 @@ def chunks(sizes: NDArray[np.int32]) -> Iterator[range]:
 
 
 class Decoder:
-    """Decodes lists of encoded images, each of at most `CHUNK_IMAGES`."""
+    """DALI's CPU decoder, for lists of at most `CHUNK_IMAGES` encoded images."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -55,3 +56,32 @@ class Decoder:
 def _graph() -> DataNode:
     encoded = fn.external_source(name="images", no_copy=True)
     return fn.decoders.image(encoded, adjust_orientation=False)
+
+
+def decode_images(
+    images: Sequence[NDArray[np.uint8]], sizes: NDArray[np.int32], dali: Callable[[], Decoder]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The pixels of images of `sizes` [B, 2], one after the other (uint8), and where each begins [B].
+
+    JPEGs are decoded by libjpeg-turbo, which DALI uses too, without what DALI does around every small image. Others,
+    those in CMYK, and what libjpeg-turbo refuses or warns of are left to `dali`. Raises RuntimeError if that cannot
+    decode one either.
+    """
+    ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
+    starts = np.concatenate([[0], ends[:-1]])
+    pixels = np.empty(ends[-1], np.uint8)
+    others = []
+    for n, image in enumerate(images):
+        try:
+            _, _, colours, _ = simplejpeg.decode_jpeg_header(image)
+            if colours in ("CMYK", "YCCK"):  # which DALI converts with other roundings
+                others.append(n)
+            else:
+                simplejpeg.decode_jpeg(image, buffer=pixels[starts[n] : ends[n]])
+        except ValueError:
+            others.append(n)
+    if others:
+        for n, decoded in zip(others, dali()([images[n] for n in others]), strict=True):
+            pixels[starts[n] : ends[n]] = decoded.reshape(-1)
+    pixels.flags.writeable = False
+    return pixels, starts

@@ -75,12 +75,10 @@ def graph(
     spec: InputSpec,
     policy: str,
     pixels: int,
-    normalise_first: bool = False,
 ) -> DataNode:
     """The DALI graph. `source()` gives one batch: a list of images, then an array per name in `names`.
 
     pixels: of the largest image.
-    normalise_first: before resizing instead of after it; only without a policy.
     Output: [H, W, 3] per image in `spec.dtype`, on `spec.device`.
     """
     forms = [(DALIDataType.UINT8, 3 if spec.decode == "raw" else 1)] + [input_type(name) for name in names]
@@ -107,25 +105,18 @@ def graph(
         images = fn.decoders.image(images, adjust_orientation=False)
     if spec.device.type == "cuda" and spec.decode != "gpu":
         images = images.gpu()
-    mirror = inputs.get("mirror", 0)
-    placed = {
-        "size": [spec.image_size, spec.image_size],
-        "roi_start": inputs["start"],
-        "roi_end": inputs["end"],
-    }
-    if normalise_first:
-        return fn.resize_crop_mirror(_normalised(images, spec), mirror=mirror, **placed)
-    images = fn.resize(images, **placed)
+    images = fn.resize(
+        images,
+        size=[spec.image_size, spec.image_size],
+        roi_start=inputs["start"],
+        roi_end=inputs["end"],
+    )
     images = apply_policy(images, inputs, policy, spec.image_size)
-    return _normalised(images, spec, mirror=mirror)
-
-
-def _normalised(images: DataNode, spec: InputSpec, **options: Any) -> DataNode:
     return fn.crop_mirror_normalize(
         images,
+        mirror=inputs.get("mirror", 0),
         mean=list(MEAN),
         std=list(STD),
         dtype=DALIDataType.FLOAT16 if spec.dtype == torch.float16 else DALIDataType.FLOAT,
         output_layout="HWC",
-        **options,
     )

@@ -1,10 +1,10 @@
-"""Prepared set -> batches on the training device, through one DALI graph for CPU and GPU.
+"""Prepared set -> batches on the training device: by DALI's graph, or on the CPU by one fused pass where that suffices.
 
 Order and augmentation follow from (seed, epoch, image) alone, so a step's global batch is a slice of the
 epoch's order whatever the number of ranks, and two integers (epoch, step) say where to continue.
 
-DALI reads the encoded images in place (views of the mapped file) and writes HWC; the NCHW view of that is
-channels_last, so no layout is converted. DALI has no bfloat16: under bf16 autocast the float16 batch is cast once.
+Both write HWC; the NCHW view of that is channels_last, so no layout is converted. DALI has no bfloat16: under bf16
+autocast the float16 batch is cast once.
 
 Shapes: B images of a micro-batch, H = W = image_size.
 """
@@ -12,22 +12,20 @@ Shapes: B images of a micro-batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import Pipeline
-from nvidia.dali.tensors import TensorCPU
 
 from fastnet.config import Augment, check_image_size
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
-from fastnet.input.decoded import DecodedImages
+from fastnet.input.dali import DaliBatches
 from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
-from fastnet.input.graph import PREFETCH, InputSpec, decoder_threads, graph, resolve_decode
+from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
+from fastnet.input.host import HostBatches
 from fastnet.provenance import machine_memory
 
 
@@ -80,20 +78,6 @@ def micro_batches(
                 yield now, share[part(len(share), micro, accumulate)]
 
 
-class _Feed:
-    """The graph's source. DALI does not copy what it is handed, so it is kept here until its batch is out."""
-
-    def __init__(self, image: Callable[[int], NDArray], layout: str) -> None:
-        self.image, self.layout = image, layout
-        self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
-        self.under_way: deque[tuple[NDArray, dict[str, NDArray]]] = deque()
-
-    def __call__(self) -> list:
-        index, inputs = next(self.todo)
-        self.under_way.append((index, inputs))
-        return [[TensorCPU(self.image(i), self.layout) for i in index], *inputs.values()]
-
-
 def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
     """Raises InputError if batches of the largest images, decoded, would take more than half of this machine's memory.
 
@@ -134,67 +118,37 @@ class _Stream:
         resolve_decode(spec.decode, spec.device)
         check_memory(split.sizes, largest)
         self._split, self._spec = split, spec
-        if spec.decode == "raw":
-            self._feed = _Feed(DecodedImages(split, spec.threads), "HWC")
+        self._source: HostBatches | DaliBatches | None
+        if spec.device.type == "cpu" and policy == "none" and "erase_start" not in names:
+            self._source = HostBatches(split, spec, largest)
         else:
-            self._feed = _Feed(split.jpeg, "")
-        # On the CPU it is faster to normalise the smaller image (before resizing, that also spares a rounding to grey
-        # levels). On a GPU it is cheaper to normalise last, into half precision.
-        small = split.sizes.prod(axis=1).mean() < spec.image_size**2
-        plain = policy == "none" and "erase_start" not in names
-        self._pipe: Pipeline | None = graph(
-            self._feed,
-            names,
-            spec,
-            policy,
-            int(split.sizes.astype(np.int64).prod(axis=1).max()),
-            bool(spec.device.type == "cpu" and small and plain),
-            batch_size=largest,
-            num_threads=decoder_threads(spec.threads, largest),
-            device_id=_device_id(spec.device),
-        )
+            self._source = DaliBatches(split, spec, names, policy, largest)
+
+    def _begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
+        if self._source is None:
+            raise RuntimeError("the stream is closed")
+        self._source.begin(todo)
 
     def _take(self) -> Batch:
-        if self._pipe is None:
+        if self._source is None:
             raise RuntimeError("the stream is closed")
-        # Bound to torch's stream, which waits for DALI's work. When `x` is dropped, DALI's DLPack deleter hands its
-        # buffer to a thread that synchronises the device before it frees it (include/dali/core/dltensor.h).
-        stream = torch.cuda.current_stream(self._spec.device) if self._spec.device.type == "cuda" else None
-        try:
-            (images,) = self._pipe.outputs(cuda_stream=stream)
-        except RuntimeError:
-            self._split.refuse_undecodable(self._feed.under_way[0][0])
-            raise
-        index, _ = self._feed.under_way.popleft()
-        self._pipe.schedule_run()
-        x = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)  # [B, H, W, 3] -> [B, 3, H, W], a view
+        images, index = self._source.take()
         y = torch.from_numpy(self._split.labels[index])
-        if stream is not None:
+        if self._spec.device.type == "cuda":
             y = y.pin_memory().to(self._spec.device, non_blocking=True)
-        return Batch(x, y, index)
+        return Batch(images.permute(0, 3, 1, 2), y, index)  # [B, H, W, 3] -> [B, 3, H, W], a view
 
     def _once(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]], count: int) -> Iterator[Batch]:
         """The `count` batches of `todo`, one iteration at a time."""
-        if self._pipe is None:
-            raise RuntimeError("the stream is closed")
-        self._drain(self._pipe)
-        self._feed.todo = todo
-        self._pipe.schedule_run()
+        self._begin(todo)
         for _ in range(count):
             yield self._take()
 
-    def _drain(self, pipe: Pipeline) -> None:
-        """Takes out what a broken-off iteration left under way, and readies the pipeline to start."""
-        self._feed.todo = iter(())
-        pipe.schedule_run()  # finds nothing more to do, which `reset` waits for
-        while self._feed.under_way:
-            pipe.outputs()
-            self._feed.under_way.popleft()
-        pipe.reset()
-
     def close(self) -> None:
-        """Ends DALI's threads and frees its buffers."""
-        self._pipe = None
+        """Ends the threads that make batches, and frees their buffers."""
+        if self._source is not None:
+            self._source.close()
+        self._source = None
 
 
 class TrainStream(_Stream):
@@ -235,9 +189,7 @@ class TrainStream(_Stream):
                     drawn, draws = now, epoch_draws(len(split), seed, now)
                 yield index, train_inputs(augment, draws[index], split.sizes[index], spec.image_size)
 
-        self._feed.todo = batches()
-        assert self._pipe is not None
-        self._pipe.schedule_run()
+        self._begin(batches())
 
     def __len__(self) -> int:
         """Micro-batches in an epoch, although the stream itself is endless."""
@@ -309,9 +261,3 @@ class DrawnStream(_Stream):
             return eval_inputs(split.sizes[index], spec.image_size, spec.eval_crop)
         draws = epoch_draws(len(split), self._seed, epoch)[index]
         return train_inputs(self._augment, draws, split.sizes[index], spec.image_size)
-
-
-def _device_id(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index

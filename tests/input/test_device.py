@@ -1,4 +1,4 @@
-"""The decoded set in GPU memory: the batches of DALI's streams, from a table and a counter.
+"""The decoded set in GPU memory: the batches of the CPU's streams, from a table and a counter.
 
 The kernel runs from its PTX, on the CPU.
 
@@ -26,11 +26,11 @@ from fastnet.input.graph import InputSpec
 from fastnet.input.streams import Batch, EvalStream
 from fastnet_kernels import images
 from ptxrun import execute_ptx
+from tests.support.resize import resize_bound
 from tests.support.streams import CPU, PLAIN, TRAIN, spec, stream, take
 
 SIZE = 32
-# Half a grey level, as DALI's graph rounds where it shrinks; and what test_images.py derives for 95 px.
-NEAR = (0.5 + 2 * 12 * 95 * 2**-24 * 256) / min(aug.STD)
+NEAR = resize_bound(95)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def assert_same(mine: Batch, theirs: Batch) -> None:
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(("rank", "world", "accumulate"), [(0, 1, 1), (1, 2, 3)])
-def test_batches_are_those_of_the_graph(train: Split, rank: int, world: int, accumulate: int) -> None:
+def test_batches_are_those_of_the_cpu(train: Split, rank: int, world: int, accumulate: int) -> None:
     """From the last step of an epoch into the next one."""
     where: dict[str, Any] = {
         "rank": rank,

@@ -12,12 +12,12 @@ import torch
 from fastnet.config import Augment
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.errors import InputError
-from fastnet.input import streams
+from fastnet.input.dali import Feed
 from fastnet.input.draws import epoch_order
 from fastnet.input.graph import resolve_decode
-from fastnet.input.streams import EvalStream, check_memory, step_share
+from fastnet.input.streams import DrawnStream, EvalStream, check_memory, step_share
 from tests.support.paths import REPOSITORY
-from tests.support.streams import CPU, POLICIES, TRAIN, VAL, by_sample, spec, stream, take
+from tests.support.streams import CPU, PLAIN, POLICIES, TRAIN, VAL, by_sample, spec, stream, take
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -127,17 +127,32 @@ def test_an_evaluation_can_be_broken_off_and_repeated_beside_training(train: Spl
     assert all(torch.equal(pixels[0][i], pixels[1][i]) for i in pixels[0])
 
 
-def test_batches_are_channels_last_in_dalis_own_memory(train: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = stream(train)
-    assert source._pipe is not None
-    outputs, addresses = source._pipe.outputs, []
+@pytest.mark.parametrize("augment", [PLAIN, Augment(policy="jitter")], ids=["fused", "graph"])
+def test_drawn_images_can_be_broken_off_and_repeated(train: Split, augment: Augment) -> None:
+    expected = by_sample(take(stream(train, augment, epoch=1), 4))
+    source = DrawnStream(train, spec(), augment, seed=3, batch_size=10)
+    for _ in source.of(np.arange(40), 0):
+        break
+    again = by_sample(list(source.of(np.array(list(expected)), 1)))
+    assert list(again) == list(expected)
+    assert all(torch.equal(again[i], expected[i]) for i in expected)
+    source.close()
 
-    def spy(**options: object) -> tuple:
-        given = outputs(**options)
-        addresses.append(given[0].as_tensor().data_ptr())
-        return given
 
-    monkeypatch.setattr(source._pipe, "outputs", spy)
+@pytest.mark.parametrize("augment", [PLAIN, Augment(policy="jitter")], ids=["fused", "graph"])
+def test_batches_are_channels_last_in_the_memory_they_are_made_in(
+    train: Split, monkeypatch: pytest.MonkeyPatch, augment: Augment
+) -> None:
+    source = stream(train, augment)
+    assert source._source is not None
+    made, addresses = source._source.take, []
+
+    def spy() -> tuple:
+        images, index = made()
+        addresses.append(images.data_ptr())
+        return images, index
+
+    monkeypatch.setattr(source._source, "take", spy)
     for _ in range(5):
         batch = next(source)
         assert batch.x.data_ptr() == addresses[-1]
@@ -145,8 +160,9 @@ def test_batches_are_channels_last_in_dalis_own_memory(train: Split, monkeypatch
         assert batch.x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_batch_outlives_the_next_ones_and_the_stream(train: Split) -> None:
-    source = stream(train)
+@pytest.mark.parametrize("augment", [PLAIN, Augment(policy="jitter")], ids=["fused", "graph"])
+def test_a_batch_outlives_the_next_ones_and_the_stream(train: Split, augment: Augment) -> None:
+    source = stream(train, augment)
     kept = next(source)
     copy = kept.x.clone()
     for _ in range(6):
@@ -159,7 +175,7 @@ def test_a_batch_outlives_the_next_ones_and_the_stream(train: Split) -> None:
 
 
 def test_encoded_images_are_not_copied(train: Split) -> None:
-    given = streams._Feed(train.jpeg, "")
+    given = Feed(train.jpeg, "")
     given.todo = iter([(np.arange(3), {})])
     (images,) = given()
     assert [image.data_ptr() for image in images] == [train.jpeg(i).ctypes.data for i in range(3)]

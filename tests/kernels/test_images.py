@@ -6,88 +6,26 @@ Shapes: B images of a batch, S image size, H and W of one image.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.types import DALIDataType
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from fastnet.input.draws import MEAN, STD
 from fastnet_kernels import images
 from fastnet_kernels.images import COLUMNS, ROW, ROWS, Images, Normalisation
 from fastnet_kernels.plan import LAUNCH
 from ptxrun import Resources, Stats, cross_compile, execute_ptx
+from tests.support.resize import SAMPLES, Sample, assert_resized, sample
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-NORMALISATION = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # ImageNet's
-LEVELS = 256
-
-
-class Sample(NamedTuple):
-    """An image [H, W, 3] and what is done to it; the box is (top, left, bottom, right)."""
-
-    image: NDArray[np.uint8]
-    box: NDArray[np.float32]
-    mirror: bool
-
-
-def sample(height: int, width: int, box: tuple[float, ...] | None = None, mirror: bool = False) -> Sample:
-    """Noise, in which every wrong pixel shows; the whole image without a box."""
-    noise = np.random.default_rng(1000 * height + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Sample(noise, np.array(box or (0, 0, height, width), np.float32), mirror)
-
-
-def grey(height: int, width: int) -> Sample:
-    plain = sample(height, width, mirror=True)
-    return plain._replace(image=np.repeat(plain.image[:, :, :1], 3, axis=2))
-
-
-SAMPLES = [
-    sample(64, 64),  # every pixel of the result from 4 x 4
-    sample(40, 95, (3.3, 20.7, 37.1, 80.2), mirror=True),  # smaller in both directions
-    sample(64, 48, (30.25, 0, 48.5, 20.125)),  # larger, at the left edge
-    sample(33, 64, (14.5, 44.4, 33, 64), mirror=True),  # larger, in a corner
-    sample(20, 70, (0, 1.5, 20, 69.5)),  # larger down, smaller across
-    sample(150, 32, (10, 0, 149, 31)),  # much smaller down
-    grey(50, 41),
-    sample(1, 1, mirror=True),
-    sample(1, 9),
-    sample(37, 2, (36.2, 0.1, 36.9, 1.7)),  # less than a pixel
-]
-
-
-@pipeline_def(num_threads=1, prefetch_queue_depth=1)
-def dali_graph(source: Callable[[], Any], size: int) -> Any:
-    given: Any = fn.external_source(source, num_outputs=4, batch=True)
-    image, start, end, mirror = given
-    resized: Any = fn.resize(image, size=[size, size], roi_start=start, roi_end=end, dtype=DALIDataType.FLOAT)
-    return fn.crop_mirror_normalize(
-        resized,
-        mean=list(NORMALISATION.mean),
-        std=list(NORMALISATION.std),
-        mirror=mirror,
-        output_layout="HWC",
-    )
-
-
-def by_dali(samples: list[Sample], size: int) -> torch.Tensor:
-    """[B, 3, S, S] float32."""
-    given = (
-        [s.image for s in samples],
-        [s.box[:2] for s in samples],
-        [s.box[2:] for s in samples],
-        [np.array(s.mirror, np.int32) for s in samples],
-    )
-    (batch,) = dali_graph(lambda: given, size, batch_size=len(samples), device_id=None).run()
-    return torch.from_numpy(np.array(batch.as_tensor())).permute(0, 3, 1, 2)
+NORMALISATION = Normalisation(MEAN, STD)
 
 
 def by_kernel(
@@ -125,20 +63,8 @@ def by_kernel(
 
 
 def assert_as_dali(x: torch.Tensor, y: torch.Tensor, samples: list[Sample], size: int) -> None:
-    """To the roundings of float32, on both sides, and of `x`'s own type.
-
-    A pixel's place in the image follows from its box by four operations on numbers up to the image's length E, so two
-    implementations differ by up to 2 * 4 * E * eps / 2 pixels in each of two directions; a pixel's shift is worth 256
-    levels at most. What is added then (4 * E products at most) is rounded less.
-    """
-    assert x.is_contiguous(memory_format=torch.channels_last)
     assert y.tolist() == [7 * n - 1 for n in reversed(range(len(samples)))]
-    expected = by_dali(samples, size)
-    for n, one in enumerate(samples):
-        extent = max(one.image.shape)
-        levels = 2 * (2 * 4 * extent + 4 * extent) * torch.finfo(FP32).eps / 2 * LEVELS
-        bound = levels / min(NORMALISATION.std) + expected[n].abs() * torch.finfo(x.dtype).eps / 2
-        assert ((x[n].float() - expected[n]).abs() <= bound).all(), f"sample {n}"
+    assert_resized(x, samples, size)
 
 
 @cache

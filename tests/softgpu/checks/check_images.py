@@ -17,11 +17,11 @@ from fastnet.data.prepared import Split, open_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.device import DeviceTrainStream
-from fastnet.input.draws import STD
 from fastnet.input.graph import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.training.placement import place
 from tests.kernels.test_images import test_on_a_gpu as on_a_gpu
+from tests.support.resize import resize_bound
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 STEPS = 5  # of 8 images, of 42
@@ -54,7 +54,7 @@ def test_what_a_step_asks_for(split: Split) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_captured_batch_is_another_at_each_replay(split: Split, dtype: torch.dtype) -> None:
-    """The batches of DALI's graph on the CPU, over the end of an epoch."""
+    """The batches of the CPU, over the end of an epoch."""
     expected = TrainStream(
         split, InputSpec(32, CPU, torch.float32, "cpu", 1), Augment(), batch_size=8, seed=3, step=3
     )
@@ -73,8 +73,7 @@ def test_a_captured_batch_is_another_at_each_replay(split: Split, dtype: torch.d
             theirs = next(expected)
             assert x.dtype == dtype and y.tolist() == theirs.y.tolist()
             np.testing.assert_array_equal(stream.index(0), theirs.index)
-            # DALI's graph rounds to grey levels, this one to x's type. (Positions and weights: tests/kernels.)
-            near = 0.51 / min(STD) + theirs.x.abs() * torch.finfo(dtype).eps / 2
+            near = resize_bound(split.sizes.max()) + theirs.x.abs() * torch.finfo(dtype).eps / 2
             assert ((x.cpu().float() - theirs.x).abs() <= near).all()
     stream.close()
     expected.close()

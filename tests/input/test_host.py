@@ -1,0 +1,125 @@
+"""Batches made on the CPU by the fused pass: DALI's pixels, whatever the files, in memory that is used again.
+
+That the device kernel makes the same ones: test_device.py.
+
+Shapes: S image size.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastnet.data.decoding import Decoder, decode_images
+from fastnet.data.prepared import Split
+from fastnet.errors import InputError
+from fastnet.input import fused
+from fastnet.input.host import FACTOR, SHIFT, HostBatches
+from tests.support.paths import REPOSITORY
+from tests.support.resize import SAMPLES, assert_resized
+from tests.support.streams import stream
+
+NOISE = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_as_dali(size: int) -> None:
+    sizes = np.array([s.image.shape[:2] for s in SAMPLES], np.int32)
+    ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64) * 3)
+    pixels = np.concatenate([s.image.ravel() for s in SAMPLES])
+    pixels.flags.writeable = False
+    boxes = np.stack([s.box for s in SAMPLES])
+    start, end = boxes[:, :2].copy(), boxes[:, 2:].copy()
+    mirror = np.array([s.mirror for s in SAMPLES], np.int32)
+    x = np.full((len(SAMPLES), size, size, 3), np.nan, np.float32)
+    starts = np.concatenate([[0], ends[:-1]])
+    fused.compiled()(pixels, starts, sizes, start, end, mirror, FACTOR, SHIFT, x)
+    assert_resized(torch.from_numpy(x).permute(0, 3, 1, 2), SAMPLES, size)
+
+
+def encoded(kind: str) -> np.ndarray:
+    image, buffer = Image.fromarray(NOISE), io.BytesIO()
+    orientation = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    options: dict[str, dict[str, Any]] = {
+        "4:4:4": {"subsampling": 0},
+        "4:2:2": {"subsampling": 1},
+        "4:2:0": {"subsampling": 2},
+        "progressive": {"progressive": True},
+        "rgb": {"keep_rgb": True},
+        "rotated": {"exif": orientation},
+    }
+    modes = {"grey": "L", "cmyk": "CMYK", "png with alpha": "RGBA", "grey png": "L", "palette": "P"}
+    form = "PNG" if kind in ("png", "png with alpha", "grey png", "palette") else "JPEG"
+    image.convert(modes.get(kind, "RGB")).save(buffer, form, **options.get(kind, {}))
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+KINDS = ["4:4:4", "4:2:2", "4:2:0", "progressive", "rgb", "rotated", "grey", "cmyk"]
+KINDS += ["png", "png with alpha", "grey png", "palette"]
+
+
+def test_decoded_pixels_are_dalis() -> None:
+    images = [encoded(kind) for kind in KINDS]
+    sizes = np.full((len(KINDS), 2), NOISE.shape[:2], np.int32)
+    asked = []
+
+    def dali() -> Decoder:
+        asked.append(True)
+        return Decoder(1)
+
+    pixels, starts = decode_images(images, sizes, dali)
+    assert asked == [True]
+    for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
+        got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
+        np.testing.assert_array_equal(got, expected, kind)
+    decode_images(images[:-5], sizes[:-5], dali)
+    assert asked == [True], "a JPEG was left to DALI"
+
+
+def test_a_broken_image_is_named(train: Split) -> None:
+    """After its header, so that only decoding shows it."""
+    mapped = train.mapped.copy()
+    begin, end = train.bounds[5]
+    mapped[(begin + end) // 2 : end] = 0xFF
+    source = stream(replace(train, mapped=mapped), batch_size=97)
+    with pytest.raises(InputError, match=f"{train.names[5]} is a"):
+        next(source)
+    source.close()
+
+
+def test_memory_is_used_again_once_nobody_refers_to_it(train: Split) -> None:
+    source = stream(train)
+    made = source._source
+    assert isinstance(made, HostBatches)
+    held = next(source).x.flatten(1)[0]  # any view keeps a batch
+    addresses = set()
+    for _ in range(12):
+        addresses.add(next(source).x.data_ptr())
+    gc.collect()
+    assert held.data_ptr() not in addresses
+    assert len(addresses) <= 4  # two under way, one taken, one about to be
+    source.close()
+
+
+@pytest.mark.slow
+def test_compiling_is_announced_once_and_kept(tmp_path: Path) -> None:
+    """And works where nothing can be kept."""
+    code = "from fastnet.input.fused import compiled; compiled()"
+    for cache, announced in ((tmp_path, True), (tmp_path, False)):
+        env = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("compiled the pass over images" in done.stderr) == announced, done.stderr
