@@ -88,6 +88,7 @@ def _stepping(
     config: Config, phase: str, data: PreparedSet, runtime: Runtime, *, captured: bool
 ) -> Iterator[Callable[[], None]]:
     """A trainer's step in `phase`. A graph is taken without the check that its numbers are right."""
+    torch.compiler.reset()  # it refuses a function of more than eight networks
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         trainer = Trainer(config, data, Path(folder), runtime)
         trainer.network.to(runtime.device)

@@ -194,7 +194,11 @@ class Config:
         "replay the training step as a CUDA graph; auto: on a GPU, if replays do what plain steps do",
         choices=("auto", "on", "off"),
     )
-    compile: bool = _flag(False, "training", "train through torch.compile")
+    compile: bool = _flag(
+        False,
+        "training",
+        "train through torch.compile; takes a minute at the start, on the CPU several for the LSTM network",
+    )
     apex: bool = _flag(False, "training", "use NVIDIA Apex's fused optimisers")
     device: str = _flag("auto", "training", "where to train", choices=("auto", "cuda", "cpu"))
     deterministic: bool = _flag(

@@ -19,7 +19,7 @@ def data_parallel(network: Network, runtime: Runtime, *, compiled: bool) -> nn.M
     phase."""
     inner: nn.Module = network
     if compiled:
-        inner = cast(nn.Module, torch.compile(network, fullgraph=True))
+        inner = cast(nn.Module, torch.compile(network, fullgraph=True, dynamic=False))
     if runtime.world_size == 1:
         return inner
     model = DistributedDataParallel(
@@ -40,9 +40,11 @@ def _settle_buckets(model: nn.Module, network: Network, runtime: Runtime) -> Non
     x = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
     # Timing cuDNN's algorithms for this one image would serve no later step.
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    with runtime.autocast():
-        logits = model(x)
-    logits.sum().backward()
+    # Nor would compiling the network for it.
+    with torch.compiler.set_stance("force_eager"):
+        with runtime.autocast():
+            logits = model(x)
+        logits.sum().backward()
     torch.backends.cudnn.benchmark = benchmark
     network.zero_grad(set_to_none=True)
     network.train()

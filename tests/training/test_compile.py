@@ -8,12 +8,16 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from fastnet.config import sample
 from fastnet.distributed.ranks import Runtime
@@ -30,6 +34,7 @@ CLASSES, BATCH, SIZE = 5, 4, 32
 @pytest.fixture(autouse=True)
 def _compiled_anew() -> Any:
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
 
@@ -88,3 +93,14 @@ def test_the_lstm_network_is_one_graph() -> None:
         return cast(nn.Module, torch.compile(network, backend="aot_eager", fullgraph=True))
 
     check(network, compile_it)
+
+
+def test_ranks_compile_nothing_but_the_step(tmp_path: Path) -> None:
+    """DDP's buckets are settled by a pass with one image, for which the network is not compiled."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        network = made("baseline", "none")
+        model = data_parallel(network, Runtime(torch.device("cpu"), world_size=2), compiled=True)
+        assert isinstance(model, DistributedDataParallel) and not counters["stats"]
+    finally:
+        dist.destroy_process_group()
