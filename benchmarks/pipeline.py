@@ -3,7 +3,8 @@
     python -m benchmarks.pipeline [--quick] [--data SET]
 
 Measures images a second, with random resized crop, flip and normalisation, into batches on the training device, by the
-number of CPU threads (worker processes for torch's DataLoader). All providers read the same JPEGs from the page cache.
+number of CPU threads (worker processes for torch's DataLoader). All providers read the same JPEGs, or the same decoded
+images, from the page cache. Other projects' loaders take part where they are installed (benchmarks/peers.sh).
 Before a measurement a provider gives up the batches that it prepared meanwhile, so that only steady work counts.
 """
 
@@ -27,8 +28,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from benchmarks import harness
+from benchmarks import harness, pipeline_peers
 from benchmarks.harness import Laps, Table
+from benchmarks.pipeline_peers import RATIO, SCALE
 from fastnet.cli import run_command
 from fastnet.config import Augment
 from fastnet.data.default import default_set
@@ -38,8 +40,8 @@ from fastnet.input.draws import MEAN, STD
 from fastnet.input.graph import PREFETCH, InputSpec
 
 BASELINE = "DataLoader, PIL"
-KEYS = ("image_size", "batch", "threads", "device", "quantity")
-SCALE, RATIO = (Augment.min_crop, 1.0), (3 / 4, 4 / 3)
+KEYS = ("set", "image_size", "batch", "threads", "device", "quantity")
+PEERS = ("FFCV, JPEG", "FFCV, raw", "SPDL")
 Take = Callable[[], Any]  # gives the next batch
 Opened = Iterator[Take]
 
@@ -47,8 +49,8 @@ Opened = Iterator[Take]
 class Source:
     """The training images in the two forms that providers take: a prepared set, and a folder of class folders."""
 
-    def __init__(self, split: Split, folder: Path, batch: int) -> None:
-        self.split, self.folder, self.batch = split, folder, batch
+    def __init__(self, split: Split, folder: Path, batch: int, digest: str = "") -> None:
+        self.split, self.folder, self.batch, self.hash = split, folder, batch, digest
         for i, label in enumerate(split.labels):
             path = folder / f"{label:04d}" / f"{i}.JPEG"
             path.parent.mkdir(exist_ok=True, parents=True)
@@ -172,43 +174,19 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-@contextlib.contextmanager
-def ffcv(source: Source, size: int, threads: int, device: torch.device) -> Opened:
-    """FFCV over its own file of the same JPEGs, which are copied into it undecoded."""
-    from ffcv.fields import IntField, RGBImageField  # not on every machine
-    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
-    from ffcv.writer import DatasetWriter
-
-    path = source.folder.parent / "train.beton"
+def ffcv(
+    source: Source, size: int, threads: int, device: torch.device, *, kind: str
+) -> contextlib.AbstractContextManager[Take]:
+    path = source.folder.parent / f"{kind}.beton"
     if not path.exists():
-        fields = {"image": RGBImageField(write_mode="jpg"), "label": IntField()}
-        DatasetWriter(str(path), fields, num_workers=threads).from_indexed_dataset(ImageFolder(source.folder))
-    image = [
-        RandomResizedCropRGBImageDecoder((size, size), scale=SCALE, ratio=RATIO),
-        RandomHorizontalFlip(),
-        NormalizeImage(np.array(MEAN), np.array(STD), np.float32),
-        ToTensor(),
-        ToTorchImage(convert_back_int16=False),
-        *([ToDevice(device, non_blocking=True)] if device.type == "cuda" else []),
-    ]
-    label = [IntDecoder(), ToTensor()]
-    batches = Loader(
-        str(path),
-        batch_size=source.batch,
-        num_workers=threads,
-        order=OrderOption.RANDOM,
-        drop_last=True,
-        pipelines={"image": image, "label": label},
-    )
+        pipeline_peers.write_beton(source.split, path, kind)
+    return pipeline_peers.ffcv(source.split, path, size, source.batch, threads, device)
 
-    def endless() -> Iterator[torch.Tensor]:
-        while True:
-            for x, _ in batches:
-                yield x
 
-    yield endless().__next__
+def spdl(
+    source: Source, size: int, threads: int, device: torch.device
+) -> contextlib.AbstractContextManager[Take]:
+    return pipeline_peers.spdl(source.split, size, source.batch, threads, device)
 
 
 def providers(device: torch.device) -> dict[str, Callable[..., contextlib.AbstractContextManager[Take]]]:
@@ -223,9 +201,16 @@ def providers(device: torch.device) -> dict[str, Callable[..., contextlib.Abstra
         **{f"fastnet, decode {d}": with_decode(d) for d in placements},
         "JPEG decoding alone": decode_only,
     }
-    if find_spec("ffcv"):
-        rows["FFCV"] = ffcv
-    return rows
+    peers: dict[str, Callable] = {
+        "FFCV, JPEG": lambda *given: ffcv(*given, kind="jpg"),
+        "FFCV, raw": lambda *given: ffcv(*given, kind="raw"),
+        "SPDL": spdl,
+    }
+    return rows | {name: opened for name, opened in peers.items() if installed(name)}
+
+
+def installed(peer: str) -> bool:
+    return find_spec(peer.split(",")[0].lower()) is not None
 
 
 def check(take: Take, source: Source, size: int, device: torch.device) -> str:
@@ -249,7 +234,8 @@ def measure(
     seconds: float,
     batches: int,
 ) -> None:
-    case = {"image_size": size, "batch": source.batch, "threads": threads, "device": device.type}
+    case = {"set": source.hash[:12], "image_size": size, "batch": source.batch}
+    case |= {"threads": threads, "device": device.type}
     print(f"{size} px, {threads} threads")
     with contextlib.ExitStack() as stack:
         ready: dict[str, harness.Candidate] = {}
@@ -262,9 +248,9 @@ def measure(
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
                 ready[name] = timed(take, prepared, batches)
         times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 3)
-    for name in ("fastnet, decode device", "fastnet, decode gpu", "FFCV"):
+    for name in ("fastnet, decode device", "fastnet, decode gpu", *PEERS):
         if name not in providers(device):
-            table.note(case, name, "not run: " + ("not installed here" if name == "FFCV" else "no GPU here"))
+            table.note(case, name, "not run: " + ("not installed here" if name in PEERS else "no GPU here"))
     for name, laps in times.items():
         rates = batches * source.batch * 1e3 / np.array(laps["batches"])
         table.add(case, name, "batches", "images/s", rates)
@@ -292,11 +278,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--data", type=Path, metavar="SET", help="prepared set; default: as the README says")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    split = default_set(args.data).splits["train"]
+    data = default_set(args.data)
+    split = data.splits["train"]
     table = Table("pipeline", quick=args.quick)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        source = Source(split, Path(folder) / "train", min(128 if not args.quick else 32, len(split)))
+        batch = min(256 if not args.quick else 32, len(split))
+        source = Source(split, Path(folder) / "train", batch, data.hash)
         counts = {args.threads} if args.quick else {1, 2, 4, 8, 16, args.threads}
         for size in (64, 224):
             for threads in sorted(n for n in counts if n <= args.threads):
