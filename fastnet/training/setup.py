@@ -18,6 +18,8 @@ from fastnet.provenance import machine_memory
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
     """What runs where. Raises InputError for a choice that cannot run here."""
     dtype = runtime.amp or torch.float32
+    if config.compile:
+        check_compiler(runtime.device)
     return {
         "device": runtime.device.type,
         "ranks": runtime.world_size,
@@ -40,6 +42,21 @@ def resolve_graph(config: Config, device: torch.device) -> str:
     if reason and config.cuda_graph == "on":
         raise InputError(f"--cuda-graph on: {reason}; use auto or off")
     return "off" if reason else config.cuda_graph
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError where --compile has no compiler: torch.compile's for the CPU is g++ or clang++."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise InputError(
+            "--compile: there is no C++ compiler here; install g++, set $CXX, or leave it out"
+        ) from error
 
 
 def check_sizes(config: Config, runtime: Runtime) -> None:

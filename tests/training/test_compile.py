@@ -21,8 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastnet.config import sample
 from fastnet.distributed.ranks import Runtime
+from fastnet.errors import InputError
 from fastnet.network.network import Network
 from fastnet.training.parallel import data_parallel
+from fastnet.training.setup import choices
 
 needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
@@ -104,3 +106,9 @@ def test_ranks_compile_nothing_but_the_step(tmp_path: Path) -> None:
         assert isinstance(model, DistributedDataParallel) and not counters["stats"]
     finally:
         dist.destroy_process_group()
+
+
+def test_no_compiler_is_one_line() -> None:
+    none = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with none, pytest.raises(InputError, match=r"--compile: there is no C\+\+ compiler here; install g\+\+"):
+        choices(replace(sample("baseline"), compile=True), Runtime(torch.device("cpu")))
