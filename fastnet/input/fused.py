@@ -58,6 +58,43 @@ def filter_taps(
     return count
 
 
+@jit(inline="always")
+def resize_line(
+    line: NDArray[np.uint8],
+    weights: NDArray[np.float32],
+    places: NDArray[np.uint32],
+    taps: int,
+    mirror: int,
+    factor: NDArray[np.float32],
+    shift: NDArray[np.float32],
+    to_line: NDArray[np.float32],
+) -> None:
+    """Fills `to_line` [3 * S] with a row of the image [3 * W], resized across, mirrored and normalised."""
+    size = len(places)
+    by_red, by_green, by_blue = factor
+    less_red, less_green, less_blue = shift
+    # Unsigned, as numba would ask of every other index whether it counts from the end.
+    one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
+    first, step = (3 * (size - 1), -3) if mirror else (0, 3)
+    for i in range(size):
+        to = np.uint64(first + step * i)
+        weight, at = weights[i, 0], three * places[i, 0]
+        other, beside = weights[i, 1], three * places[i, 1]
+        red = weight * np.float32(line[at]) + other * np.float32(line[beside])
+        green = weight * np.float32(line[at + one]) + other * np.float32(line[beside + one])
+        blue = weight * np.float32(line[at + two]) + other * np.float32(line[beside + two])
+        to_line[to] = red * by_red - less_red
+        to_line[to + one] = green * by_green - less_green
+        to_line[to + two] = blue * by_blue - less_blue
+    for k in range(2, taps):
+        for i in range(size):
+            to = np.uint64(first + step * i)
+            weight, at = weights[i, k], three * places[i, k]
+            to_line[to] += weight * np.float32(line[at]) * by_red
+            to_line[to + one] += weight * np.float32(line[at + one]) * by_green
+            to_line[to + two] += weight * np.float32(line[at + two]) * by_blue
+
+
 @jit(fastmath={"contract"})
 def make_images(
     pixels: NDArray[np.uint8],
@@ -94,18 +131,7 @@ def make_images(
         down = filter_taps(start[n, 0], end[n, 0], height, weights_down, rows)
         across = filter_taps(start[n, 1], end[n, 1], width, weights_across, columns)
         for row in range(rows[0, 0], rows[size - 1, down - 1] + 1):
-            line = image[row]
-            for i in range(size):
-                red, green, blue = np.float32(0), np.float32(0), np.float32(0)
-                for k in range(across):
-                    weight, place = weights_across[i, k], np.uint64(3) * columns[i, k]
-                    red += weight * np.float32(line[place])
-                    green += weight * np.float32(line[place + np.uint64(1)])
-                    blue += weight * np.float32(line[place + np.uint64(2)])
-                to = 3 * (size - 1 - i if mirror[n] else i)
-                lines[row, to] = red * factor[0] - shift[0]
-                lines[row, to + 1] = green * factor[1] - shift[1]
-                lines[row, to + 2] = blue * factor[2] - shift[2]
+            resize_line(image[row], weights_across, columns, across, mirror[n], factor, shift, lines[row])
         for i in range(size):
             out = x[n, i].reshape(3 * size)
             first, second = lines[rows[i, 0]], lines[rows[i, 1]]
