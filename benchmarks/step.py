@@ -3,10 +3,10 @@
     python -m benchmarks.step [--quick] [--data SET]
 
 For both networks in both phases, these take turns: steps of a real epoch; the same steps on one resident batch, which
-is the limit; and the network written plainly (a DataLoader over PIL images, NCHW, float32, an nn.LSTM per group,
-gradients for all parameters). Then it says where the time of an epoch's step goes, from a trace of torch.profiler, and
-measures weak scaling over ranks with train.py itself. On a GPU it says what a step asks of the host, plain, compiled
-and as a CUDA graph; on softgpu that is all it can say:
+is the limit; the network written plainly (a DataLoader over PIL images, NCHW, float32, an nn.LSTM per group, gradients
+for all parameters); and for the baseline the steps of torchvision's and timm's training scripts. Then it says where the
+time of an epoch's step goes, from a trace of torch.profiler, and measures weak scaling over ranks with train.py itself.
+On a GPU it says what a step asks of the host, plain, compiled and as a CUDA graph; on softgpu that is all it can say:
 
     python -m softgpu --operators null --triton null -m benchmarks.step
 """
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from benchmarks.harness import Laps, Table
 from benchmarks.host import host_costs
 from benchmarks.pipeline import Source, loader, pil_dataset
 from benchmarks.plain import Plain, difference, plain_step
+from benchmarks.step_peers import Step, peers
 from benchmarks.trace import Trace, shares_of, traced
 from fastnet import train
 from fastnet.cli import run_command
@@ -142,6 +144,13 @@ def measure(
             )
             work = lambda: plain_step(plain, optimizer, *batches())
             ready[PLAIN] = in_turn(work, batches, 2 * threads, steps)
+        if case["phase"] == "full" and case["network"] == "baseline":
+            for name, (images, made) in peers().items():
+                batches = stack.enter_context(
+                    loader(source, size, threads, runtime.device, make=images, labels=True)
+                )
+                work = partial(_take_step, made(len(data.classes), runtime.device), batches)
+                ready[name] = in_turn(work, batches, 2 * threads, steps)
         memory = {name: harness.peak_mb(run, runtime.device) for name, run in ready.items()}
         times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 3)
         for name, laps in times.items():
@@ -150,6 +159,10 @@ def measure(
         trace = Trace(traced(trainer.train_step, steps, runtime.device))
         for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
+
+
+def _take_step(step: Step, batches: Callable[[], Any]) -> None:
+    step(*batches())
 
 
 def frozen_over_full(table: Table) -> None:

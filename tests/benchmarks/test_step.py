@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness, pipeline, plain, step
+from benchmarks.step_peers import peers
 from fastnet.config import paper
 from fastnet.data.prepared import open_set
 from fastnet.distributed.ranks import Runtime
@@ -28,7 +29,8 @@ def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) ->
     case = {"network": network, "phase": "full", "image_size": 32, "batch": 8, "threads": 1, "device": "cpu"}
     step.measure(table, data, source, case, Runtime(CPU), seconds=0)
     rows = {(row["provider"], row["quantity"]): row for row in table.rows}
-    assert {name for name, quantity in rows if quantity == "step"} == {step.EPOCH, step.LIMIT, step.PLAIN}
+    expected = {step.EPOCH, step.LIMIT, step.PLAIN} | (set(peers()) if network == "baseline" else set())
+    assert {name for name, quantity in rows if quantity == "step"} == expected
     share = {
         quantity: float(row["p50"]) for (_, quantity), row in rows.items() if quantity.startswith("share")
     }
