@@ -65,7 +65,7 @@ def torchvision_step(classes: int, device: torch.device) -> Step:
         scaler.step(optimizer)
         scaler.update()
         with torch.inference_mode():
-            right = output.topk(5, dim=1).indices == y[:, None]
+            right = output.topk(min(5, classes), dim=1).indices == y[:, None]
             right[:, :1].sum().item(), right.sum().item(), loss.item()
 
     return step
