@@ -13,6 +13,7 @@ import torch
 from fastnet.config import sample
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import Runtime
+from fastnet.training.running import RunningPhase
 from fastnet.training.state import TrainState
 from fastnet.training.trainer import Trainer
 
@@ -42,8 +43,10 @@ def tiny_trainer(
         yield trainer
 
 
-def begin(trainer: Trainer, phase: int) -> None:
+def begin(trainer: Trainer, phase: int) -> RunningPhase:
     """Brings `trainer` to the first step of a phase."""
     trainer.state = TrainState(phase=phase)
     trainer.begin_phase()
     trainer.counter.reset()
+    assert trainer.running
+    return trainer.running

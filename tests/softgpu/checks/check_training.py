@@ -43,8 +43,8 @@ def steps(
     outcomes = []
     with tiny_trainer(network, device, amp, data, run_dir, backend=backend, decode="cpu") as trainer:
         for phase in range(2):
-            begin(trainer, phase)
-            trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": SCALE})
+            running = begin(trainer, phase)
+            running.scaler.load_state_dict({**running.scaler.state_dict(), "scale": SCALE})
             before = snapshot(trainer)
             with softgpu.watch(operands=True) as seen:
                 trainer.train_step()
@@ -143,11 +143,11 @@ def is_channels_last(operand: softgpu.Operand) -> bool:
 def test_an_overflowing_step_is_skipped(tiny_set: Path, tmp_path: Path) -> None:
     """No weight and no momentum moves, and the loss scale is halved, on the device."""
     with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path) as trainer:
-        begin(trainer, 1)
-        trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": TOO_LARGE})
+        running = begin(trainer, 1)
+        running.scaler.load_state_dict({**running.scaler.state_dict(), "scale": TOO_LARGE})
         before = [p.clone() for p in trainer.network.parameters()]
         with softgpu.watch() as seen:
             trainer.train_step()
-        assert not seen.waits and trainer.scaler.get_scale() == TOO_LARGE / 2
+        assert not seen.waits and running.scaler.get_scale() == TOO_LARGE / 2
         assert all(map(torch.equal, before, trainer.network.parameters()))
-        assert not any(state["momentum_buffer"].any() for state in trainer.optimizer.state.values())
+        assert not any(state["momentum_buffer"].any() for state in running.optimizer.state.values())
