@@ -1,4 +1,4 @@
-"""DALI's decoder and resize, through the graph that training uses, against PIL."""
+"""DALI's decoder and resize, through the graph of the input pipeline, against PIL."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 
 from fastnet.data.prepared import Split
 from fastnet.diagnosis.findings import Failed, Skipped
-from fastnet.input.draws import MEAN, STD
+from fastnet.input.dali import DaliBatches
+from fastnet.input.draws import MEAN, STD, eval_inputs
 from fastnet.input.graph import InputSpec
-from fastnet.input.streams import EvalStream
 
 SIZE, IMAGES = 64, 4
 # Between two JPEG decoders: a level for the inverse DCT and one for the chroma, and one where PIL rounds.
@@ -49,9 +49,10 @@ def _difference(device: torch.device) -> float:
     )
     spec = InputSpec(SIZE, device, torch.float32, "gpu" if device.type == "cuda" else "cpu", 1)
     here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with here, closing(EvalStream(split, spec, batch_size=IMAGES)) as stream:
-        (batch,) = stream
-        x = batch.x.permute(0, 2, 3, 1).cpu().numpy()  # [B, 3, S, S] -> [B, S, S, 3]
+    inputs = eval_inputs(split.sizes, SIZE, eval_crop=1.0)
+    with here, closing(DaliBatches(split, spec, tuple(inputs), "none", IMAGES)) as batches:
+        batches.begin(iter([(np.arange(IMAGES), inputs)]))
+        x = batches.take()[0].cpu().numpy()  # [B, S, S, 3]
     difference = float(np.abs(x * np.array(STD) + np.array(MEAN) - expected).max())
     if not difference <= MOST:
         raise Failed(f"its pixels on {device} differ from PIL's by {difference:.1f} grey levels")
