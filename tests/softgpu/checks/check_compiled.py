@@ -11,6 +11,7 @@ from torch import Tensor
 from triton import knobs
 
 import softgpu
+from fastnet.config import Augment
 from fastnet.metrics import Totals
 from fastnet.training import capture
 from tests.softgpu.trainers import begin, tiny_trainer
@@ -23,7 +24,14 @@ def one_step(
     device: str, amp: torch.dtype | None, data: Path, run: Path, **settings: Any
 ) -> tuple[float, dict[str, Tensor], softgpu.Watch]:
     """Loss and weights after a step of the whole network on two images, and what it asked of the device."""
-    given: dict[str, Any] = {"batch_size": 2, "decode": "cpu", "backend": "torch", **settings}
+    # Erasing has DALI make the images on the CPU as well.
+    given: dict[str, Any] = {
+        "batch_size": 2,
+        "decode": "cpu",
+        "augment": Augment(erase=0.25),
+        "backend": "torch",
+        **settings,
+    }
     with tiny_trainer("baseline", device, amp, data, run, **given) as trainer:
         begin(trainer, 1)
         with softgpu.watch() as seen:
