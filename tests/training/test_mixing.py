@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.training.mixing import Mixer, mixtures
-from tests.support.runs import assert_same_end
-from tests.support.tiny import run_here
 
 SIZE = 32
 BOTH = Config(image_size=SIZE, batch_size=8, mixup=0.4, cutmix=1.0)
@@ -54,14 +51,6 @@ def test_ranks_and_parts_mix_in_the_same_shares() -> None:
         rows += [mixer.table[part] for part in mixer.parts]
     assert np.array_equal(torch.cat(rows).numpy(), whole)
     assert not np.array_equal(mixtures(10, config, step=4), whole)
-
-
-def test_a_run_with_mixed_images_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
-    flags = ["--network", "baseline", "--head-epochs", "0", "--mixup", "0.4", "--cutmix", "1"]
-    run_here(tiny_set, tmp_path / "whole", *flags)
-    run_here(tiny_set, tmp_path / "parts", *flags, "--max-steps", "3")
-    run_here(tiny_set, tmp_path / "parts", *flags)
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_mixed_images_have_no_kept_features() -> None:

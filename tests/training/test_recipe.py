@@ -12,6 +12,7 @@ import torch
 from fastnet import evaluate
 from fastnet.config import Config, sample
 from fastnet.data.default import default_set
+from fastnet.data.holdout import divide
 from fastnet.distributed.ranks import Runtime
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load
@@ -47,20 +48,41 @@ def test_the_moving_average_is_the_sum_it_is_defined_by(tiny_set: Path, tmp_path
     assert (average - expected).norm() <= 3 * steps * eps * expected.norm()
 
 
-def test_a_run_with_an_average_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
-    """It is what is validated and what later commands use."""
-    flags = [*BASELINE, "--ema", "0.8", "--flip-average"]
-    run_here(tiny_set, tmp_path / "whole", *flags)
-    for stop in ("3", "5"):
-        run_here(tiny_set, tmp_path / "parts", *flags, "--max-steps", stop)
+@pytest.mark.slow
+def test_a_run_with_every_switch_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
+    """The average is what is validated and what later commands use. With a holdout, val is seen once, at the end."""
+    flags = [
+        *BASELINE,
+        *[
+            "--ema",
+            "0.8",
+            "--flip-average",
+            "--mixup",
+            "0.4",
+            "--cutmix",
+            "1",
+            "--clip-grad",
+            "1",
+            "--layer-decay",
+            "0.9",
+        ],
+    ]
+    flags += ["--holdout", "0.25"]
+    result = run_here(tiny_set, tmp_path / "whole", *flags)
+    run_here(tiny_set, tmp_path / "parts", *flags, "--max-steps", "3")
+    assert not events(tmp_path / "parts", "final")
     run_here(tiny_set, tmp_path / "parts", *flags)
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     saved = load(tmp_path / "whole" / "last.pt")
     assert saved.average and saved.result is saved.average
     assert_equal(saved.average, load(tmp_path / "parts" / "last.pt").average)
-    scores = evaluate.main([str(tmp_path / "whole"), "--data", str(tiny_set), "--checkpoint", "last"])
-    last = events(tmp_path / "whole", "epoch")[-1]
-    assert scores["top1"] == last["val_top1"] and scores["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+
+    held = len(divide(default_set(tiny_set), 0.25).val_images)
+    assert [event["val_count"] for event in events(tmp_path / "whole", "epoch")] == [held] * 2
+    (final,) = events(tmp_path / "whole", "final")
+    scores = evaluate.main([str(tmp_path / "whole"), "--data", str(tiny_set)])
+    assert (final["val_count"], final["val_top1"]) == (10, scores["top1"]) == (10, result["top1"])
+    assert final["val_loss"] == pytest.approx(scores["loss"], rel=1e-6)
 
 
 def test_clipping_bounds_the_step(tiny_set: Path, tmp_path: Path) -> None:
@@ -98,7 +120,8 @@ def test_rates_fall_from_the_head_to_the_first_convolution() -> None:
 
 def test_a_frozen_prefix_stays_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
     """The stages behind it train, and so do their batch norms."""
-    flags = [*BASELINE, "--freeze", "conv4"]
+    flags = [*BASELINE, "--ema", "0.8", "--flip-average", "--mixup", "0.4", "--cutmix", "1"]
+    flags += ["--clip-grad", "1", "--layer-decay", "0.9"]
     run_here(tiny_set, tmp_path / "run", *flags, "--max-steps", "1")
     start = load(tmp_path / "run" / "last.pt").model
     run_here(tiny_set, tmp_path / "run", *flags)
