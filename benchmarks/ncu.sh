@@ -3,7 +3,7 @@
 # Each kernel is run many times, so profile few steps and stop soon after.
 #
 #   benchmarks/ncu.sh python fastnet/train.py --network lstm --profile-steps 20:21 --max-steps 21
-#   KERNELS='regex:.*' benchmarks/ncu.sh python fastnet/train.py ...      # all kernels; default: those of the LSTMs
+#   KERNELS='regex:.*' benchmarks/ncu.sh python fastnet/train.py ...      # all kernels; default: fastnet's own
 #
 # Profile one process, as ranks would wait for each other's replays. $NCU: another ncu; $NCU_FLAGS: more flags.
 set -eu
@@ -12,7 +12,7 @@ if [ "$#" -eq 0 ]; then
     exit 2
 fi
 out=${OUT:-runs/profiles}
-kernels=${KERNELS:-'regex:^(forward|backward|project|weight_gradient|input_gradient|pack|unpack)_kernel$'}
+kernels=${KERNELS:-'regex:^(images|forward|backward|project|weight_gradient|input_gradient|pack|unpack)_kernel$'}
 mkdir -p "$out"
 # shellcheck disable=SC2086  # flags are words
 exec "${NCU:-ncu}" \

@@ -27,7 +27,7 @@ def test_profiler_scripts_name_a_file_per_rank(script: str, tool: str, flag: str
     assert subprocess.run([str(path)], env=env, capture_output=True, text=True).returncode == 2
 
 
-def test_ncu_measures_every_kernel_of_the_lstms() -> None:
+def test_ncu_measures_every_kernel_of_fastnet() -> None:
     script = (REPOSITORY / "benchmarks" / "ncu.sh").read_text(encoding="utf-8")
     default = re.search(r"KERNELS:-'regex:(.*)'}", script)
     sources = (REPOSITORY / "kernels" / "fastnet_kernels").glob("*.py")
