@@ -59,25 +59,27 @@ def _graph() -> DataNode:
 
 
 def decode_images(
-    images: Sequence[NDArray[np.uint8]], sizes: NDArray[np.int32], dali: Callable[[], Decoder]
+    images: Sequence[NDArray[np.uint8]],
+    sizes: NDArray[np.int32],
+    components: Sequence[int],
+    dali: Callable[[], Decoder],
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The pixels of images of `sizes` [B, 2], one after the other (uint8), and where each begins [B].
 
-    JPEGs are decoded by libjpeg-turbo, which DALI uses too, without what DALI does around every small image. Others,
-    those in CMYK, and what libjpeg-turbo refuses or warns of are left to `dali`. Raises RuntimeError if that cannot
-    decode one either.
+    JPEGs of 1 or 3 colour components (`Split.components`) are decoded by libjpeg-turbo, which DALI uses too, without
+    what DALI does around every small image. Others (PNGs; CMYK, which DALI converts with other roundings) and what
+    libjpeg-turbo refuses or warns of are left to `dali`. Raises RuntimeError if that cannot decode one either.
     """
     ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
     starts = np.concatenate([[0], ends[:-1]])
     pixels = np.empty(ends[-1], np.uint8)
     others = []
     for n, image in enumerate(images):
+        if components[n] not in (1, 3):
+            others.append(n)
+            continue
         try:
-            _, _, colours, _ = simplejpeg.decode_jpeg_header(image)
-            if colours in ("CMYK", "YCCK"):  # which DALI converts with other roundings
-                others.append(n)
-            else:
-                simplejpeg.decode_jpeg(image, buffer=pixels[starts[n] : ends[n]])
+            simplejpeg.decode_jpeg(image, buffer=pixels[starts[n] : ends[n]])
         except ValueError:
             others.append(n)
     if others:

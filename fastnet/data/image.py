@@ -34,18 +34,24 @@ class BadImage(Exception):
 
 
 def header_size(image: bytes) -> tuple[int, int]:
-    """(height, width) by the header of a JPEG or PNG, without decoding it.
+    """(height, width) by the header of a JPEG or PNG, without decoding it. Raises as `read_header` does."""
+    return read_header(image)[:2]
+
+
+def read_header(image: bytes) -> tuple[int, int, int]:
+    """(height, width, colour components) by the header of a JPEG or PNG, without decoding it. A PNG counts as 0.
 
     Strict, so that no decoder can read another size from the same bytes. Raises BadImage if it is neither format,
     has no whole header, or is larger than `MAX_PIXELS`.
     """
     try:
         if image.startswith(PNG):
+            components = 0
             length, kind, width, height = struct.unpack_from(">I4sII", image, len(PNG))
             if length != 13 or kind != b"IHDR":
                 raise BadImage("is a bad image (its PNG header is damaged); get it again or remove it")
         elif image.startswith(JPEG):
-            height, width = _jpeg_size(image)
+            height, width, components = _jpeg_header(image)
         else:
             raise BadImage("is neither JPEG nor PNG; remove or convert it")
     except struct.error:
@@ -56,10 +62,10 @@ def header_size(image: bytes) -> tuple[int, int]:
         raise BadImage(
             f"is {width} x {height} pixels, more than {MAX_PIXELS >> 20} million pixels; make it smaller"
         )
-    return height, width
+    return height, width, components
 
 
-def _jpeg_size(image: bytes) -> tuple[int, int]:
+def _jpeg_header(image: bytes) -> tuple[int, int, int]:
     at = 2
     while True:
         at = max(at, FILL.match(image, at).end() - 1)  # type: ignore[union-attr]  # fill bytes may precede a marker
@@ -67,18 +73,21 @@ def _jpeg_size(image: bytes) -> tuple[int, int]:
         if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == JPEG_SCAN[1] or length < 2:
             raise BadImage("is a bad image (its JPEG header is damaged); get it again or remove it")
         if marker in SIZE_MARKERS:
-            height, width = struct.unpack_from(">HH", image, at + 5)
-            return height, width
+            return struct.unpack_from(">HHB", image, at + 5)
         at += 2 + length
 
 
-def check_header(image: bytes, height: int, width: int) -> None:
-    """Raises BadImage unless the image's header gives this size; a decoder that trusted a wrong one could crash."""
-    found = header_size(image)
-    if found != (height, width):
+def check_header(image: bytes, height: int, width: int) -> int:
+    """Raises BadImage unless the image's header gives this size; a decoder that trusted a wrong one could crash.
+
+    Returns the number of its colour components (`read_header`).
+    """
+    *found, components = read_header(image)
+    if found != [height, width]:
         raise BadImage(f"is {found[1]} x {found[0]} pixels, but recorded as {width} x {height}")
     if image.count(JPEG_SCAN) > MAX_SCANS:
         raise BadImage(f"is a bad image (it has more than {MAX_SCANS} scans); get it again or remove it")
+    return components
 
 
 class Examiner:

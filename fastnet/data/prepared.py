@@ -115,11 +115,15 @@ class Split:
         image = self.mapped[begin:end]
         if not self._checked[i]:
             try:
-                check_header(image.tobytes(), *self.sizes[i].tolist())
+                components = check_header(image.tobytes(), *self.sizes[i].tolist())
             except BadImage as error:
                 raise InputError(f"{self.path}: {self.names[i]} {error}") from error
-            self._checked[i] = True
+            self._checked[i] = min(components, 254) + 1
         return image
+
+    def components(self, i: int) -> int:
+        """Colour components of image `i`, which `jpeg` has given before: 1 or 3, 4 of CMYK, 0 of a PNG."""
+        return self._checked[i] - 1
 
     def refuse_undecodable(self, index: Iterable[int]) -> None:
         """Raises InputError for the first of these images that cannot be decoded, since DALI's error names none."""
@@ -131,6 +135,7 @@ class Split:
 
     @cached_property
     def _checked(self) -> bytearray:
+        """0 for an image whose header was not read yet, else 1 more than its colour components."""
         return bytearray(len(self))
 
 

@@ -96,7 +96,9 @@ class HostBatches:
         if self.decoded is not None:
             pixels, starts = self.decoded.mapped, self.decoded.starts[index]
         else:
-            pixels, starts = decode_images([self.split.jpeg(i) for i in index], sizes, self._decoder)
+            images = [self.split.jpeg(i) for i in index]
+            components = [self.split.components(i) for i in index]
+            pixels, starts = decode_images(images, sizes, components, self._decoder)
         mirror = inputs.get("mirror", np.zeros(len(index), np.int32))
         self.make_images(pixels, starts, sizes, inputs["start"], inputs["end"], mirror, FACTOR, SHIFT, x)
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from fastnet.data.decoding import Decoder, decode_images
+from fastnet.data.image import read_header
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input import fused
@@ -78,12 +79,14 @@ def test_decoded_pixels_are_dalis() -> None:
         asked.append(True)
         return Decoder(1)
 
-    pixels, starts = decode_images(images, sizes, dali)
+    components = [read_header(image.tobytes())[2] for image in images]
+    assert components == [3, 3, 3, 3, 3, 3, 1, 4, 0, 0, 0, 0]
+    pixels, starts = decode_images(images, sizes, components, dali)
     assert asked == [True]
     for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
         got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
         np.testing.assert_array_equal(got, expected, kind)
-    decode_images(images[:-5], sizes[:-5], dali)
+    decode_images(images[:-5], sizes[:-5], components[:-5], dali)
     assert asked == [True], "a JPEG was left to DALI"
 
 
