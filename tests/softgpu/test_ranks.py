@@ -18,6 +18,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
 # The frozen phase's five steps and one of the whole network, in float32.
 FLAGS = ["sample", "--network", "baseline", "--image-size", "32", "--batch-size", "8", "--head-epochs", "1"]
 FLAGS += ["--epochs", "1", "--max-steps", "6", "--precision", "fp32", "--log-every", "1", "--threads", "1"]
+FLAGS += ["--cuda-graph", "off"]
 FLAGS += ["--erase", "0.25"]  # so that DALI makes the images on the CPU, too
 
 

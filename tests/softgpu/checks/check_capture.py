@@ -138,7 +138,8 @@ def test_a_stopped_run_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> N
 
 
 def test_no_gradient_outlives_a_replay(tiny_set: Path, tmp_path: Path) -> None:
-    with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path, cuda_graph="on") as made:
+    given: dict[str, Any] = {"cuda_graph": "on", "decode": "cpu"}
+    with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path, **given) as made:
         begin(made, 1)
         with softgpu.watch() as seen:
             made.train_step()

@@ -25,7 +25,7 @@ from tests.support.runs import assert_equal, assert_same_end, events
 
 # Two phases of one epoch, five steps each.
 FLAGS = ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--epochs", "1", "--lr", "0.005"]
-FLAGS += ["--log-every", "2", "--threads", "1"]
+FLAGS += ["--log-every", "2", "--threads", "1", "--cuda-graph", "off"]
 
 
 def run_here(data: Path, run: Path, *flags: str) -> dict[str, Any]:
@@ -34,9 +34,10 @@ def run_here(data: Path, run: Path, *flags: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def baseline(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In fp16 with loss scaling, in one go."""
+    """In fp16 with loss scaling, in one go, replayed as CUDA graphs; the runs below make plain steps."""
     run = tmp_path_factory.mktemp("runs") / "baseline"
-    assert run_here(tiny_set, run, "--network", "baseline", "--precision", "fp16")["done"]
+    flags = ("--network", "baseline", "--precision", "fp16", "--cuda-graph", "on")
+    assert run_here(tiny_set, run, *flags)["done"]
     return run
 
 
