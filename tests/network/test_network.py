@@ -224,7 +224,9 @@ def test_mirrored_images_have_the_same_averaged_scores() -> None:
     network = Network(Config(image_size=64, flip_average=True), 5).eval()
     x = images(Config(image_size=64))
     mirrored = x.flip(3)
-    assert torch.equal(network(x), network(mirrored)) and not torch.equal(network.head(network.features(x)), network(x))
+    assert torch.equal(network(x), network(mirrored)) and not torch.equal(
+        network.head(network.features(x)), network(x)
+    )
     network.train()
     assert not torch.equal(network(x), network(mirrored))
 
