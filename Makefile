@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check lint bench gpu constraints
+.PHONY: setup demo test test-all check lint bench gpu constraints
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -16,11 +16,15 @@ demo: setup
 
 # Two workers, as two cores have: tests that start ranks of their own stay together in one of them.
 test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+
+# With the tests that would take `make test` beyond its eight minutes.
+test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # The part to run while working: under 90 s on two cores.
 check: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -197,6 +197,7 @@ def not_finite(state: dict[str, Tensor]) -> None:
     state["fc.bias"] = torch.full_like(state["fc.bias"], float("nan"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_small_stem_and_averaged_scores(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ import pytest
 from tests.support.paths import REPOSITORY
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_few_mutated_inputs_of_each_reader() -> None:
     line = [sys.executable, "-m", "tests.trials.fuzz", "--quick"]

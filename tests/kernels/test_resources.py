@@ -103,6 +103,7 @@ def test_split_network_of_the_paper(arch: int) -> None:
     assert set(narrow) == {"LDG.E.STRONG.GPU"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [(Stage(1, 8, 256),), OTHERS], ids=["256", "others"])
 @pytest.mark.parametrize("arch", LAUNCH)
@@ -111,6 +112,7 @@ def test_split(arch: int, stages: tuple[Stage, ...]) -> None:
     assert_resident(backward(stages, BF16, arch, split=True), arch)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LAUNCH)
 def test_split_float32(arch: int) -> None:

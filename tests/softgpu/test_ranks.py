@@ -22,6 +22,7 @@ FLAGS += ["--cuda-graph", "off"]
 FLAGS += ["--erase", "0.25"]  # so that DALI makes the images on the CPU, too
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("ranks")
@@ -54,6 +55,7 @@ def test_gradients_are_summed_in_the_graph(tiny_set: Path, tmp_path: Path) -> No
     run_python([*TORCHRUN, sys.executable, *inside, str(tiny_set), str(tmp_path)])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.xdist_group("ranks")

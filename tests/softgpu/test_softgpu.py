@@ -17,7 +17,8 @@ GROUPS = {
     "commands": (["check_commands.py"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
-    "capture": (["check_capture.py"], []),
+    "capture": (["check_capture.py", "-k", "not lstm_kernels"], []),
+    "lstm in a graph": (["check_capture.py", "-k", "lstm_kernels"], []),
     "doctor": (["check_doctor.py"], ["--devices", "2"]),
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
@@ -30,10 +31,15 @@ GROUPS = {
 }
 
 
+LONG = {"compiled", "lstm in a graph", "doctor", "apex", "hopper"}
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in GROUPS]
+)
 def test_group(group: str) -> None:
     (file, *chosen), options = GROUPS[group]
     inside = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]

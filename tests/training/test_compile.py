@@ -76,6 +76,7 @@ def check(network: Network, compile_it: Callable[[Network], nn.Module]) -> None:
     assert distance(ours, true) <= 3 * ratio * distance(rounded, true)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @needs_compiler
@@ -85,6 +86,7 @@ def test_the_cpus_compiler(frozen: str) -> None:
     check(made("baseline", frozen), lambda network: data_parallel(network, runtime, compiled=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_lstm_network_is_one_graph() -> None:
     """With torch's LSTMs, which Inductor would unroll and take minutes for. With the kernels' operator it is compiled

@@ -64,6 +64,7 @@ def test_a_stopped_run_continues_to_the_bit(kept: Path, own_set: Path, tmp_path:
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -> None:
     other = tmp_path / "set"

@@ -24,6 +24,7 @@ def whole_on_two(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_killed_runs_of_two_ranks_continue_to_the_bit(
