@@ -70,10 +70,10 @@ def stacked_parameters(p: Problem, dtype: torch.dtype) -> tuple[list[Tensor], li
     return flat, [Weights(*flat[n : n + 4]) for n in range(0, len(flat), 4)]
 
 
-def fastnet(p: Problem, *, backend: str, recompute: bool = False) -> Provider:
+def fastnet(p: Problem, *, backend: str, recompute: bool = False, graph: bool = False) -> Provider:
     module = ChannelGroupLSTM(p.stages, backend=backend, recompute=recompute).to(p.device)  # type: ignore[arg-type]
     module.load_state_dict(p.module.state_dict())
-    return Provider(lambda: module(p.features), list(module.parameters()), "stacked")
+    return Provider(lambda: module(p.features), list(module.parameters()), "stacked", graph=graph)
 
 
 def loop(p: Problem, *, autocast: bool = False, graph: bool = False) -> Provider:
@@ -235,6 +235,7 @@ BASELINE = "nn.LSTM x12"
 GPU_ONLY = (
     "fastnet (fused)",
     "fastnet (fused, recompute)",
+    "fastnet (fused), one CUDA graph",
     f"{BASELINE}, streams",
     f"{BASELINE}, one CUDA graph",
     f"{BASELINE}, padded",
@@ -257,6 +258,8 @@ def providers(p: Problem, *, quick: bool) -> dict[str, Callable[[Problem], Provi
         BASELINE: loop,
         "fastnet (fused)": lambda q: fastnet(q, backend="triton"),
         "fastnet (fused, recompute)": lambda q: fastnet(q, backend="triton", recompute=True),
+        # In small cases the other rows time the host.
+        "fastnet (fused), one CUDA graph": lambda q: fastnet(q, backend="triton", graph=True),
         f"{BASELINE}, streams": on_streams,
         f"{BASELINE}, one CUDA graph": lambda q: loop(q, graph=True),
         f"{BASELINE}, padded": padded,
