@@ -49,9 +49,10 @@ def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.xdist_group("ranks")
 @needs_compiler
-def test_gradients_are_summed_in_the_graph(tiny_set: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("check", ["summed", pytest.param("broken_off", marks=pytest.mark.long)])
+def test_gradients_are_summed_in_the_graph(check: str, tiny_set: Path, tmp_path: Path) -> None:
     """And where one rank's capture breaks off, both go on with plain steps."""
-    inside = ["-m", "softgpu", "--devices", "2", "-m", "tests.softgpu.captured_ranks"]
+    inside = ["-m", "softgpu", "--devices", "2", "-m", "tests.softgpu.captured_ranks", check]
     run_python([*TORCHRUN, sys.executable, *inside, str(tiny_set), str(tmp_path)])
 
 

@@ -14,11 +14,12 @@ GROUPS = {
     "lstm": (["check_training.py", "-k", "lstm"], []),
     "kernels": (["check_kernels.py"], []),
     "compiled": (["check_compiled.py", "-k", "captured"], []),
-    "commands": (["check_commands.py"], []),
+    "commands": (["check_commands.py", "-k", "not deterministic"], []),
+    "deterministic": (["check_commands.py", "-k", "deterministic"], []),
     "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
-    "capture": (["check_capture.py", "-k", "not lstm_kernels"], []),
-    "lstm in a graph": (["check_capture.py", "-k", "lstm_kernels"], []),
+    "capture": (["check_capture.py", "-k", "not executed"], []),
+    "executed in a graph": (["check_capture.py", "-k", "executed"], []),
     "doctor": (["check_doctor.py"], ["--devices", "2"]),
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
@@ -31,7 +32,7 @@ GROUPS = {
 }
 
 
-LONG = {"compiled", "lstm in a graph", "doctor", "apex", "hopper"}
+LONG = {"compiled", "executed in a graph", "deterministic", "images", "doctor", "apex", "hopper"}
 
 
 @pytest.mark.slow

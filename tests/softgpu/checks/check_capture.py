@@ -46,7 +46,7 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
     [
         ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu", **RECIPE}),
         ("lstm", torch.bfloat16, {"decode": "raw"}),
-        ("baseline", torch.bfloat16, {"decode": "device"}),
+        pytest.param("baseline", torch.bfloat16, {"decode": "device"}, id="executed"),
     ],
 )
 def test_replays_train_as_plain_steps(
@@ -146,7 +146,7 @@ def test_no_gradient_outlives_a_replay(tiny_set: Path, tmp_path: Path) -> None:
         assert not seen.waits and all(p.grad is None for p in made.network.parameters())
 
 
-def test_the_lstm_kernels_are_replayed(
+def test_the_lstm_kernels_are_executed_in_replays(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step each: they are executed from their PTX."""
