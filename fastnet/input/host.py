@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from threading import local
 from typing import NamedTuple
@@ -26,9 +26,8 @@ from fastnet.input.draws import MEAN, STD
 from fastnet.input.fused import compiled
 from fastnet.input.graph import PREFETCH, InputSpec, decoder_threads
 
-TASK = (
-    32  # images at most of a thread's piece of work; of more, an uneven share would keep the others waiting
-)
+# Images at most of a thread's piece of work; of more, an uneven share would keep the others waiting.
+TASK = 32
 FACTOR = (1 / np.array(STD)).astype(np.float32)
 SHIFT = (np.array(MEAN) / np.array(STD)).astype(np.float32)
 
@@ -55,8 +54,8 @@ class HostBatches:
 
     def begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
         """Makes the batches of `todo` (images and their inputs), instead of those that are still under way."""
-        for task in (task for batch in self.under_way for task in batch.tasks):
-            task.cancel()
+        tasks = [task for batch in self.under_way for task in batch.tasks]
+        wait([task for task in tasks if not task.cancel()])  # they still write into memory that is used again
         self.under_way.clear()
         self.todo = todo
         for _ in range(PREFETCH):

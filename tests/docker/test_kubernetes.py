@@ -120,6 +120,7 @@ def test_a_pod_outlives_the_saving_of_its_ranks() -> None:
     assert patience and pod()["terminationGracePeriodSeconds"] > int(patience[1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_the_pods_of_the_manifest_train(tiny_set: Path, tmp_path: Path) -> None:
