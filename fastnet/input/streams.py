@@ -202,7 +202,34 @@ class TrainStream(_Stream):
         return self._take()
 
 
-class EvalStream(_Stream):
+class DrawnStream(_Stream):
+    """Any images of a split, as training with `seed` draws them in an epoch, or as validation takes them (None)."""
+
+    def __init__(
+        self, split: Split, spec: InputSpec, augment: Augment | None, *, seed: int, batch_size: int
+    ) -> None:
+        self._augment, self._seed, self._batch_size = augment, seed, batch_size
+        names: tuple[str, ...] = ("start", "end")
+        if augment:
+            names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+        super().__init__(split, spec, names, augment.policy if augment else "none", batch_size)
+
+    def of(self, index: NDArray[np.int64], epoch: int) -> Iterator[Batch]:
+        """The images `index` in that order, in batches of `batch_size`; the last one may be smaller."""
+        return self._once(self._inputs(index, epoch), -(-len(index) // self._batch_size))
+
+    def _inputs(self, index: NDArray[np.int64], epoch: int) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
+        split, size = self._split, self._spec.image_size
+        draws = epoch_draws(len(split), self._seed, epoch) if self._augment else None
+        for first in range(0, len(index), self._batch_size):
+            images = index[first : first + self._batch_size]
+            if self._augment is None or draws is None:
+                yield images, eval_inputs(split.sizes[images], size, self._spec.eval_crop)
+            else:
+                yield images, train_inputs(self._augment, draws[images], split.sizes[images], size)
+
+
+class EvalStream(DrawnStream):
     """A rank's share of a split, in order, each image once. Can be iterated again, one iteration at a time.
 
     `batch_size` is per rank; the last batch may be smaller. `only`: positions in the split, if not all are taken.
@@ -221,43 +248,10 @@ class EvalStream(_Stream):
         images = used(split, only)
         check_ranks(split.name, len(images), world_size)
         self._share = images[part(len(images), rank, world_size)]
-        self._batch_size = min(batch_size, len(self._share))
-        super().__init__(split, spec, ("start", "end"), "none", self._batch_size)
+        super().__init__(split, spec, None, seed=0, batch_size=min(batch_size, len(self._share)))
 
     def __len__(self) -> int:
         return -(-len(self._share) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._once(self._batches(), len(self))
-
-    def _batches(self) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
-        for first in range(0, len(self._share), self._batch_size):
-            index = self._share[first : first + self._batch_size]
-            yield index, eval_inputs(self._split.sizes[index], self._spec.image_size, self._spec.eval_crop)
-
-
-class DrawnStream(_Stream):
-    """Any images of a split, as training with `seed` draws them in an epoch, or as validation takes them (None)."""
-
-    def __init__(
-        self, split: Split, spec: InputSpec, augment: Augment | None, *, seed: int, batch_size: int
-    ) -> None:
-        self._augment, self._seed, self._batch_size = augment, seed, batch_size
-        names = tuple(self._inputs(np.zeros(1, np.int64), 0, split, spec))
-        super().__init__(split, spec, names, augment.policy if augment else "none", batch_size)
-
-    def of(self, index: NDArray[np.int64], epoch: int) -> Iterator[Batch]:
-        """The images `index` in that order, in batches of `batch_size`; the last one may be smaller."""
-        batches = [
-            index[first : first + self._batch_size] for first in range(0, len(index), self._batch_size)
-        ]
-        todo = ((chosen, self._inputs(chosen, epoch, self._split, self._spec)) for chosen in batches)
-        return self._once(todo, len(batches))
-
-    def _inputs(
-        self, index: NDArray[np.int64], epoch: int, split: Split, spec: InputSpec
-    ) -> dict[str, NDArray]:
-        if self._augment is None:
-            return eval_inputs(split.sizes[index], spec.image_size, spec.eval_crop)
-        draws = epoch_draws(len(split), self._seed, epoch)[index]
-        return train_inputs(self._augment, draws, split.sizes[index], spec.image_size)
+        return self.of(self._share, 0)
