@@ -41,7 +41,7 @@ from fastnet.network.network import Network
 from fastnet.training.batches import FixedBatches
 from fastnet.training.parallel import dismiss
 from fastnet.training.phases import Phase
-from fastnet.training.step import TrainStep, set_learning_rate
+from fastnet.training.step import TrainStep
 
 COMPARED = 4  # steps, plain and replayed
 # DistributedDataParallel waits for events in the first ten steps, to time them, and in every hundredth: a capture
@@ -137,11 +137,7 @@ def rehearse(run: Callable[[], None], steps: int, step: TrainStep, before: Snaps
     step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": REHEARSAL_SCALE})
     for i in range(steps):
         before.batches.rehearse(i)
-        set_learning_rate(step.optimizer, phase.peak_lr * (i + 1) / 100)
-        if step.average:
-            step.average.set_step(i)
-        if step.mixer:
-            step.mixer.set_step(i)
+        step.prepare(i, phase.peak_lr * (i + 1) / 100)
         run()
 
 

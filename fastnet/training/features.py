@@ -17,6 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,18 +134,19 @@ class FrozenFeatures:
         spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
         augment = config.augment if use == "train" else None
         size = max(1, config.batch_size // self.runtime.world_size // config.accumulate)
-        stream = DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
         full = "free some space, or use fewer draws with --cache-features"
-        for path, (_, draw, index) in track(f"features for {use}", files.items(), len(files), "files"):
-            epoch = 0 if draw == VALIDATION else int(draw)
-            with atomic_write(path, full=full) as beside:
-                rows = np.lib.format.open_memmap(beside, "w+", np.float16, (len(index), self.row))
-                first = 0
-                for x, *_ in stream.of(index, epoch):
-                    rows[first : first + len(x)] = self._rows(x)
-                    first += len(x)
-                rows.flush()
-        stream.close()
+        with closing(
+            DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
+        ) as stream:
+            for path, (_, draw, index) in track(f"features for {use}", files.items(), len(files), "files"):
+                epoch = 0 if draw == VALIDATION else int(draw)
+                with atomic_write(path, full=full) as beside:
+                    rows = np.lib.format.open_memmap(beside, "w+", np.float16, (len(index), self.row))
+                    first = 0
+                    for x, *_ in stream.of(index, epoch):
+                        rows[first : first + len(x)] = self._rows(x)
+                        first += len(x)
+                    rows.flush()
 
     def _rows(self, x: Tensor) -> NDArray[np.float16]:
         """Images [B, 3, S, S] -> [B, R]: each output in the order of its memory, which is [H, W, C]."""

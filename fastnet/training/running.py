@@ -19,7 +19,7 @@ from fastnet.training.ema import MovingAverage
 from fastnet.training.mixing import Mixer
 from fastnet.training.parallel import data_parallel
 from fastnet.training.phases import Phase, make_optimizer
-from fastnet.training.step import TrainStep, set_learning_rate
+from fastnet.training.step import TrainStep
 
 
 class RunningPhase:
@@ -50,7 +50,8 @@ class RunningPhase:
         self.batches, self.counter, self.saved, self.path = batches, counter, saved, path
         self.mixer = Mixer(config, runtime) if config.mixup or config.cutmix else None
         self.graph: CapturedStep | None = None
-        self.launch: Callable[[], None] = self.plain_step()
+        self.plain = self.plain_step()
+        self.launch: Callable[[], None] = self.plain
 
     def plain_step(self) -> TrainStep:
         """The step, with an optimiser and a loss scaler as the checkpoint has them, or new ones."""
@@ -67,25 +68,20 @@ class RunningPhase:
 
     def capture(self) -> str:
         """Has the step replayed as a CUDA graph from now on, where that does the same; says which it is, and why."""
-        assert isinstance(self.launch, TrainStep)
         batches = self.batches.fixed(self.runtime.amp or torch.float32)
         try:
-            self.graph, agreement = capture(self.launch, batches, self.network, self.phase)
+            self.graph, agreement = capture(self.plain, batches, self.network, self.phase)
         except InputError as error:
             if self.config.cuda_graph == "on":
                 raise InputError(f"--cuda-graph on: {error}; use auto or off") from error
-            self.launch = self.plain_step()
+            self.launch = self.plain = self.plain_step()
             return f"off, {error}"
         self.launch = self.graph
         return f"on, {agreement}"
 
     def step(self, number: int, rate: float) -> None:
         """Trains on the next global batch. `number`: of steps before it. Nothing in it waits for the device."""
-        set_learning_rate(self.optimizer, rate)
-        if self.average:
-            self.average.set_step(number)
-        if self.mixer:
-            self.mixer.set_step(number)
+        self.plain.prepare(number, rate)
         self.launch()
 
     def close(self) -> None:

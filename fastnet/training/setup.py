@@ -1,4 +1,4 @@
-"""What a run trains with: everything that was "auto" resolved, and its input streams."""
+"""What a run trains with: everything that was "auto" resolved, and checked before the first step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from fastnet.config import Config
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.network.network import Network, lstm_backend
-from fastnet.network.weights import load_backbone
+from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
 
 
@@ -79,11 +78,6 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
             f"value ({config.image_size} px), too few for batch norm; use a larger batch, fewer ranks or parts, or "
             "larger images"
         )
-
-
-def starting_weights(network: Network, config: Config) -> str:
-    """Loads the weights that --weights names, and says what of them was left out, if anything was."""
-    return load_backbone(network, config.depth, config.weights, partial=config.weights_partial)
 
 
 def _memory(device: torch.device) -> int:

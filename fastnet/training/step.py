@@ -45,6 +45,14 @@ class TrainStep:
         self.optimizer, self.scaler, self.counter, self.batches = optimizer, scaler, counter, batches
         self.average, self.mixer = average, mixer
 
+    def prepare(self, number: int, rate: float) -> None:
+        """Puts what changes from step to step where the device reads it. `number`: of steps before this one."""
+        set_learning_rate(self.optimizer, rate)
+        if self.average:
+            self.average.set_step(number)
+        if self.mixer:
+            self.mixer.set_step(number)
+
     def __call__(self) -> None:
         self.batches.advance()
         self.on_device()

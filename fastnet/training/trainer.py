@@ -19,6 +19,7 @@ from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
+from fastnet.network.weights import load_backbone
 from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
@@ -32,7 +33,7 @@ from fastnet.training.parallel import share_weights
 from fastnet.training.phases import finish_epoch, learning_rate, plan
 from fastnet.training.records import Recorder, add_to_session, as_record, outcome, write_manifest
 from fastnet.training.running import RunningPhase
-from fastnet.training.setup import check_sizes, choices, starting_weights
+from fastnet.training.setup import check_sizes, choices
 from fastnet.training.state import TrainState
 
 
@@ -95,7 +96,8 @@ class Trainer:
                 checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
                 self.state = self.saved.position
             elif self.runtime.is_main:
-                note = starting_weights(self.network, self.config)
+                given = self.config
+                note = load_backbone(self.network, given.depth, given.weights, partial=given.weights_partial)
                 if note:
                     self.say(note)
         self.network.to(self.runtime.device)
@@ -174,7 +176,7 @@ class Trainer:
     def evaluate(self) -> Totals:
         """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights, or with
         their moving average where there is one."""
-        network = self.average.network if self.average else self.network
+        network = self.evaluated
         share_weights(network, self.runtime)
         batches = track(f"{self.title}: validation", self.val_stream, len(self.val_stream), "batches")
         totals = evaluate(network, batches, self.runtime)
@@ -184,12 +186,18 @@ class Trainer:
             )
         return totals
 
+    @property
+    def evaluated(self) -> Network:
+        """The network that validates and is what a run results in."""
+        return self.average.network if self.average else self.network
+
     def look_at_val(self) -> None:
         """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
-        network = self.average.network if self.average else self.network
         best = self.run_dir / "best.pt"
         with closing(self.inputs.open_val(self.data.splits["val"])) as stream:
-            val = evaluate_saved(network, best, track("val", stream, len(stream), "batches"), self.runtime)
+            val = evaluate_saved(
+                self.evaluated, best, track("val", stream, len(stream), "batches"), self.runtime
+            )
         self.record("final", step=self.state.step, **as_record(val))
 
     def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:

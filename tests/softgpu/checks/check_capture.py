@@ -13,7 +13,7 @@ from torch import Tensor
 import softgpu
 from fastnet.errors import InputError
 from fastnet.metrics import Counter
-from fastnet.training import capture, trainer
+from fastnet.training import capture, step, trainer
 from fastnet.training.batches import Copied
 from fastnet.training.capture import CapturedStep
 from fastnet.training.trainer import Trainer
@@ -95,7 +95,7 @@ def test_a_rate_that_the_graph_does_not_see_is_found_out(
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-    monkeypatch.setattr(capture, "set_learning_rate", set_on_host)
+    monkeypatch.setattr(step, "set_learning_rate", set_on_host)
     given = {"network": "baseline", "amp": torch.bfloat16, "decode": "cpu"}
     _, session = trained(tmp_path / "run", tiny_set, cuda_graph="auto", **given)
     assert session["cuda_graph_full"].startswith("off, 4 replayed steps end ")
