@@ -185,7 +185,7 @@ class Config:
     precision: str = _flag(
         "auto",
         "training",
-        "arithmetic of the network; auto: bf16 or fp16 on a GPU, fp32 on the CPU",
+        "arithmetic of the network; auto: bf16 or fp16 on a GPU, fp32 on the CPU; bf16 gains much on a CPU with AMX",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
     cuda_graph: str = _flag(

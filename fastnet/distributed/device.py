@@ -73,12 +73,12 @@ def why_no_cuda() -> str:
 
 def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
     """The autocast dtype that `--precision` means: auto is bf16 on sm_80 and newer, fp16 on older GPUs, and float32
-    (None) on the CPU.
+    (None) on the CPU, which computes in bf16 only where it is asked to: not all processors gain by it.
     """
     if device.type == "cpu":
-        if choice not in ("auto", "fp32"):
-            raise InputError(f"--precision {choice}: needs a GPU; use auto or fp32 here")
-        return None
+        if choice == "fp16":
+            raise InputError("--precision fp16: needs a GPU; use auto, fp32 or bf16 here")
+        return torch.bfloat16 if choice == "bf16" else None
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     if choice == "bf16" and not modern:
         raise InputError("--precision bf16: this GPU is older than sm_80; use fp16")

@@ -44,11 +44,11 @@ class Runtime:
 
     @property
     def image_dtype(self) -> torch.dtype:
-        """float16 where the network computes in half precision, as DALI has no bfloat16; else float32.
+        """float16 where a GPU computes in half precision, as DALI has no bfloat16; else float32.
 
         Under bf16 autocast the batch is cast once more, by the first convolution.
         """
-        return torch.float32 if self.amp is None else torch.float16
+        return torch.float32 if self.amp is None or self.device.type == "cpu" else torch.float16
 
     def say(self, line: str) -> None:
         """Prints a line once, on rank 0, to standard error: standard output is for results."""

@@ -25,7 +25,7 @@ from tests.support.tiny import TINY, refused, run_here
         (["--weights", "nowhere.pth"], "--weights nowhere.pth: no such file"),
         (["--decode", "gpu"], "--decode gpu: "),
         (["--decode", "device"], "--decode device: there is no GPU here; use cpu, raw or auto"),
-        (["--precision", "bf16"], "--precision bf16: needs a GPU"),
+        (["--precision", "fp16"], "--precision fp16: needs a GPU"),
         (["--backend", "triton"], "--backend triton: "),
         (["--apex"], "--apex: NVIDIA Apex is not installed"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
