@@ -19,6 +19,7 @@ from fastnet.errors import InputError
 
 MAX_NUMBER = 10**12  # no count of this program is larger, and float64 still holds products of it
 STAGES = ("conv2", "conv3", "conv4", "conv5")
+NETWORKS = ("baseline", "linear", "lstm")
 
 
 def _flag(default: Any, group: str, text: str, **extra: Any) -> Any:
@@ -51,7 +52,7 @@ class Augment:
 class Config:
     """The settings of one run. Sizes are in pixels, batch sizes in images; learning rates are for the global batch."""
 
-    network: str = _flag("baseline", "network", "which network to train", choices=("baseline", "lstm"))
+    network: str = _flag("baseline", "network", "which network to train", choices=NETWORKS)
     depth: int = _flag(18, "network", "number of layers of the ResNet", choices=(18, 34, 50))
     image_size: int = _flag(
         224, "network", "height and width of the input in pixels, a multiple of 32", within=(32, 4096)
@@ -59,7 +60,7 @@ class Config:
     stages: tuple[str, ...] = _flag(
         ("conv4", "conv5"),
         "network",
-        "stages that LSTMs read: some of conv2, conv3, conv4, conv5, separated by commas",
+        "stages that the head of linear or lstm reads: some of conv2, conv3, conv4, conv5, separated by commas",
     )
     seq_len: int = _flag(
         64, "network", "channels in a group, its time steps; must divide the channels of each stage", least=1
@@ -258,6 +259,11 @@ class Config:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
 
     @property
+    def read_stages(self) -> tuple[str, ...]:
+        """The stages whose outputs the head reads, from shallow to deep."""
+        return ("conv5",) if self.network == "baseline" else self.stages
+
+    @property
     def lstm_stages(self) -> list[tuple[int, int, int]]:
         """(groups, sequence length, hidden size) of each stage that LSTMs read, from shallow to deep."""
         return [
@@ -312,9 +318,10 @@ def stage_channels(depth: int, stage: str) -> int:
 
 
 def paper(network: str) -> Config:
-    """The paper's experiments: pretrained ResNet-18 at 224 px. The LSTMs train alone first, until top-1 is flat."""
-    lstm = network == "lstm"
-    return Config(network=network, head_epochs=20 if lstm else 0, plateau=3 if lstm else 0)
+    """The paper's settings: a pretrained ResNet-18 at 224 px. A head other than the baseline's trains alone first,
+    until top-1 is flat."""
+    alone = network != "baseline"
+    return Config(network=network, head_epochs=20 if alone else 0, plateau=3 if alone else 0)
 
 
 def fast(network: str) -> Config:
@@ -326,15 +333,15 @@ def fast(network: str) -> Config:
 
 def sample(network: str) -> Config:
     """Minutes on a CPU: the generated sample at its own 64 px, from random weights."""
-    lstm = network == "lstm"
+    alone = network != "baseline"
     return Config(
         network=network,
         image_size=64,
         weights="none",
         batch_size=64,
-        head_epochs=3 if lstm else 0,
+        head_epochs=3 if alone else 0,
         head_lr=0.005,
-        epochs=5 if lstm else 8,
+        epochs=5 if alone else 8,
         lr=0.05,
         warmup=0.5,
         log_every=10,

@@ -1,4 +1,4 @@
-"""The two networks: a ResNet with a linear layer, and a ResNet whose stages are read by channel-group LSTMs.
+"""The networks: ResNets whose stages are read by a linear layer or by channel-group LSTMs.
 
 Legend: B batch, S image size, C channels, H and W height and width of a stage, D width of the classifier's input,
 K classes.
@@ -23,10 +23,11 @@ LAYERS = {"conv2": "layer1", "conv3": "layer2", "conv4": "layer3", "conv5": "lay
 
 
 class Network(nn.Module):
-    """A ResNet (He et al. 2016) with one of two heads, both ending in a linear layer.
+    """A ResNet (He et al. 2016) with one of three heads, all ending in a linear layer.
 
-    baseline: the global average of conv5. lstm: each stage of `config.stages` is cut along its channels into groups,
-    an LSTM per group runs over the group's channels, and their last hidden states are put side by side.
+    baseline: the global average of conv5. linear: the global averages of the stages of `config.stages`, side by side.
+    lstm: each of these stages is cut along its channels into groups, an LSTM per group runs over the group's channels,
+    and their last hidden states are put side by side.
 
     Takes images [B, 3, S, S] in channels_last and returns logits [B, K] in float32.
     """
@@ -35,7 +36,7 @@ class Network(nn.Module):
         super().__init__()
         self.image_size, self.flip_average = config.image_size, config.flip_average
         self.frozen: list[str] = []  # stages
-        self.stages = sorted(config.stages) if config.network == "lstm" else ["conv5"]
+        self.stages = config.read_stages
         resnet = torchvision.models.get_model(f"resnet{config.depth}", weights=None)
         resnet.fc = nn.Identity()
         if config.stem == "small":
@@ -52,7 +53,7 @@ class Network(nn.Module):
             self.lstm = ChannelGroupLSTM(config.lstm_stages, backend=config.backend)
             width = sum(groups * hidden for groups, _, hidden in config.lstm_stages)
         else:
-            width = stage_channels(config.depth, "conv5")
+            width = sum(stage_channels(config.depth, stage) for stage in self.stages)
         self.classifier = nn.Linear(width, classes)
         self.to(memory_format=torch.channels_last)
 
@@ -76,7 +77,8 @@ class Network(nn.Module):
             if self.lstm is not None:
                 z = self.lstm(features)  # [B, D]
             else:
-                z = features[-1].mean(dim=(2, 3))  # [B, D]
+                averages = [stage.mean(dim=(2, 3)) for stage in features]  # [B, C] each
+                z = averages[0] if len(averages) == 1 else torch.cat(averages, dim=1)  # [B, D]
         return self.classifier(z).float()  # [B, K]
 
     def features(self, x: Tensor) -> list[Tensor]:

@@ -71,7 +71,7 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
             "smaller images, or deeper --stages"
         )
     share = config.batch_size // runtime.world_size // config.accumulate
-    last = config.stages[-1] if config.network == "lstm" else "conv5"
+    last = config.read_stages[-1]
     if config.epochs and share * (config.image_size // config.stride(last)) ** 2 == 1:
         raise InputError(
             f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which {last} has a single "
