@@ -1,0 +1,177 @@
+"""What accuracy do the networks and the switches reach?
+
+    python -m benchmarks.accuracy EXPERIMENT --data SET --weights FILE
+
+Trains the runs of an experiment (accuracy_runs.py) by train.py, one after another, in runs/accuracy/. A command that
+was stopped continues when it is given again, and what is done stays. Writes accuracy-EXPERIMENT.csv, a row for each
+run and for each average of runs, with flags, hours, set and machine, and the curves where there are few.
+
+All scores are those of the last epoch on the val split: none is the best of several looks at it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.accuracy_runs import EXPERIMENTS, Experiment, Run
+from fastnet import ensemble, figures
+from fastnet.cli import run_command
+from fastnet.data.prepared import PreparedSet, open_set
+from fastnet.errors import InputError
+from fastnet.reporting.curves import read_curves
+from fastnet.training.events import EpochEvent, read_events
+from fastnet.training.manifest import read_manifest
+
+OUT = harness.ROOT.parent / "runs" / "accuracy"
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    experiment = EXPERIMENTS[args.experiment]
+    data = open_set(args.data)
+    if experiment.classes:
+        data = subset(data, experiment.classes)
+    folder = OUT / f"{args.experiment}-{data.hash[:12]}"
+    rows = []
+    for seed in range(experiment.seeds):
+        for run in experiment.runs:
+            run_dir = train(run, experiment, seed, folder, data, args.weights)
+            rows.append(row(args.experiment, run, seed, run_dir, data))
+        for members in experiment.averages:
+            runs = [str(folder / f"{name}-{seed}") for name in members]
+            rows.append(average(args.experiment, members, seed, runs, data))
+        write(args.experiment, rows)  # after each seed, as a seed may take hours
+    print(table(rows))
+    if experiment.curves:
+        runs = [folder / f"{run.name}-0" for run in experiment.runs]
+        curves = [read_curves(path, run.name) for path, run in zip(runs, experiment.runs, strict=True)]
+        for path in figures.save(figures.draw(curves), folder):
+            shutil.copy(path, harness.results_dir() / f"accuracy-{args.experiment}{path.suffix}")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description="Trains the runs of an experiment and records what accuracy they reach.",
+        epilog="\n".join(f"{name}: {what.about}" for name, what in EXPERIMENTS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--data", type=Path, required=True, metavar="SET", help="prepared set")
+    parser.add_argument("--weights", metavar="FILE", help="weights to start from, as train.py takes them")
+    args = parser.parse_args(argv)
+    if args.weights is None and any("{weights}" in run.flags for run in EXPERIMENTS[args.experiment].runs):
+        raise InputError(f"--weights: {args.experiment} starts from pretrained weights; name their file")
+    return args
+
+
+def subset(data: PreparedSet, classes: int) -> PreparedSet:
+    """The set of every n-th class alone, in runs/accuracy/, so that `classes` of them are left."""
+    path = OUT / f"{classes}-classes-of-{data.hash[:12]}"
+    if not path.exists():
+        images = path.with_name(path.name + "-images")
+        kept = range(0, len(data.classes), len(data.classes) // classes)[:classes]
+        for name in ("train", "val"):
+            split = data.splits[name]
+            for i, label in enumerate(split.labels.tolist()):
+                if label in kept:
+                    file = images / name / data.classes[label] / f"{i}.JPEG"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(split.jpeg(i).tobytes())
+        command = [sys.executable, "-m", "fastnet.prepare", str(images), "--out", str(path)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        shutil.rmtree(images)
+    return open_set(path)
+
+
+def train(
+    run: Run, experiment: Experiment, seed: int, folder: Path, data: PreparedSet, weights: str | None
+) -> Path:
+    """Trains a run to its end, from where it was, and returns its directory."""
+    run_dir = folder / f"{run.name}-{seed}"
+    start = folder / f"{run.start}-{seed}" / "last.pt"
+    flags = shlex.split(f"{experiment.flags} {run.flags}".format(weights=weights, start=start))
+    words = [*flags, "--data", str(data.path), "--seed", str(seed), "--run-dir", str(run_dir)]
+    print(f"{run.name}, seed {seed}: train.py {' '.join(words)}", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "fastnet.train", *words], stdout=sys.stderr, check=False)
+    if done.returncode or not read_manifest(run_dir).sessions[-1].get("done"):
+        sys.exit(done.returncode or f"{run_dir}: stopped; the same command continues")
+    return run_dir
+
+
+def row(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dict[str, Any]:
+    """What a run reached in its last epoch, and in how many hours of training steps."""
+    epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
+    last = epochs[-1]
+    flags = f"{EXPERIMENTS[name].flags} {run.flags}".strip()
+    return {
+        "experiment": name,
+        "run": run.name,
+        "seed": seed,
+        "top1": f"{last.val_top1:.4f}",
+        "top5": f"{last.val_top5:.4f}",
+        "loss": f"{last.val_loss:.4f}",
+        "images": last.val_count,
+        "epochs": len(epochs),
+        "hours": f"{sum(epoch.seconds or 0.0 for epoch in epochs) / 3600:.3f}",
+        "flags": flags.format(weights="FILE", start=f"{run.start}/last.pt"),
+        **common(data),
+    }
+
+
+def average(
+    name: str, members: Sequence[str], seed: int, runs: Sequence[str], data: PreparedSet
+) -> dict[str, Any]:
+    """What the averaged scores of runs reach with the weights of their last epochs."""
+    scores = ensemble.main([*runs, "--data", str(data.path), "--checkpoint", "last"])
+    return {
+        "experiment": name,
+        "run": "average of " + " and ".join(members),
+        "seed": seed,
+        **{key: f"{scores[key]:.4f}" for key in ("top1", "top5", "loss")},
+        "images": scores["count"],
+        **common(data),
+    }
+
+
+def common(data: PreparedSet) -> dict[str, Any]:
+    return {"set": data.hash[:12], "classes": len(data.classes), **harness.about()}
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    path = harness.results_dir() / f"accuracy-{name}.csv"
+    harness.write_csv(path, rows)
+    print(path, flush=True)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: each run's top-1 and top-5, and its distance from the first run, over the seeds."""
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    of = {run: [row for row in rows if row["run"] == run] for run in runs}
+    first = [float(row["top1"]) for row in of[runs[0]]]
+    lines = [f"| run | top-1 | top-5 | top-1 less that of {runs[0]}, by seed |", "|---|---|---|---|"]
+    for run in runs:
+        top1, top5 = ([float(row[key]) for row in of[run]] for key in ("top1", "top5"))
+        apart = ", ".join(f"{100 * (a - b):+.1f}" for a, b in zip(top1, first, strict=True))
+        lines.append(f"| {run} | {spread(top1)} | {spread(top5)} | {apart} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several values."""
+    mean = f"{statistics.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.4f}"
+
+
+if __name__ == "__main__":
+    run_command(main)

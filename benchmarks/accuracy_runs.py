@@ -1,0 +1,110 @@
+"""The experiments of benchmarks/accuracy.py: which runs, with which flags of train.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of train.py. In its flags {weights} is the file given to --weights, {start} the last.pt of run `start`."""
+
+    name: str
+    flags: str
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs with common flags, each with the seeds from 0 on.
+
+    `averages`: groups of runs whose scores are averaged. `classes`: train on that many classes only; 0: on all.
+    `curves`: whether the runs of seed 0 become a figure.
+    """
+
+    about: str
+    flags: str
+    runs: tuple[Run, ...]
+    seeds: int = 1
+    averages: tuple[tuple[str, ...], ...] = ()
+    classes: int = 0
+    curves: bool = False
+
+
+CPU = "--decode raw --precision bf16 --log-every 50"
+SMALL = f"--image-size 64 --batch-size 128 --min-crop 0.35 --weight-decay 0.0005 {CPU}"
+AVERAGED = "--ema 0.9995 --flip-average"
+PARTIAL = "--network baseline --weights {weights} --weights-partial"
+
+TRANSFER = Experiment(
+    "both networks and their average at 64 px, from ImageNet weights of conv1 to conv4",
+    f"paper {SMALL} {AVERAGED}",
+    (
+        Run("baseline", f"{PARTIAL} --epochs 15 --lr 0.04"),
+        Run("lstm", "--network lstm --weights {start} --head-epochs 2", start="baseline"),
+    ),
+    averages=(("baseline", "lstm"),),
+    curves=True,
+)
+
+SCRATCH = Experiment(
+    "the baseline at 64 px from random weights, with the small stem",
+    f"paper {SMALL} {AVERAGED}",
+    (Run("baseline", "--network baseline --weights none --stem small --start-size 32 --epochs 6 --lr 0.1"),),
+    curves=True,
+)
+
+# What is frozen up to conv4 comes from ImageNet, and was never fitted to this set.
+READOUT = Experiment(
+    "phase one of the paper at 224 px: what LSTMs and a linear layer read out of a frozen conv4",
+    "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 1 "
+    f"--batch-size 256 --plateau 0 --epochs 0 --head-epochs 10 {CPU}",
+    (
+        Run("lstm", "--network lstm --head-lr 0.002"),
+        Run("linear", "--network linear --head-lr 0.002"),
+    ),
+    seeds=3,
+    classes=50,
+)
+
+VARIANTS = Experiment(
+    "the paper's variants on frozen convolutions that were trained as in `transfer`",
+    f"paper {SMALL} --flip-average --plateau 0 --epochs 0 --head-epochs 8 --head-lr 0.005 --cache-features 4",
+    (
+        Run("conv4 and conv5, 64", "--network lstm --weights {weights}"),
+        Run("conv4 and conv5, 128", "--network lstm --weights {weights} --seq-len 128"),
+        Run("conv4, 64", "--network lstm --weights {weights} --stages conv4"),
+        Run("conv5, 64", "--network lstm --weights {weights} --stages conv5"),
+        Run("conv3 to conv5, 64", "--network lstm --weights {weights} --stages conv3,conv4,conv5"),
+        Run("linear on conv4 and conv5", "--network linear --weights {weights}"),
+    ),
+    seeds=3,
+)
+
+ABLATION = Experiment(
+    "one switch at a time, on 25 classes at 64 px from ImageNet weights of conv1 to conv4",
+    f"paper {SMALL} {PARTIAL} --epochs 8 --lr 0.04 --warmup 2",
+    (
+        Run("plain", ""),
+        Run("ema", "--ema 0.99"),
+        Run("average-last", "--average-last 3"),
+        Run("flip-average", "--flip-average"),
+        Run("mixup", "--mixup 0.2"),
+        Run("cutmix", "--cutmix 1"),
+        Run("layer-decay", "--layer-decay 0.7"),
+        Run("clip-grad", "--clip-grad 1"),
+        Run("start-size", "--start-size 32"),
+        Run("augment", "--augment trivial"),
+        Run("no label smoothing", "--label-smoothing 0"),
+    ),
+    seeds=3,
+    classes=25,
+)
+
+EXPERIMENTS = {
+    "transfer": TRANSFER,
+    "scratch": SCRATCH,
+    "readout": READOUT,
+    "variants": VARIANTS,
+    "ablation": ABLATION,
+}
