@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastnet import api, export, train
-from fastnet.config import Config
+from fastnet.config import NETWORKS, Config
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
+from fastnet.exporting.check import difference
 from fastnet.exporting.formats import FORMATS
+from fastnet.exporting.plain import plain_network, plain_state
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
 from tests.support.official import jpeg
@@ -37,9 +39,30 @@ pytestmark = pytest.mark.xdist_group("export")
 def small_lstm(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An LSTM network of one stage: torch.export takes its time for each step of an LSTM."""
     run = tmp_path_factory.mktemp("small") / "lstm"
-    flags = ["--network", "lstm", "--stages", "conv2", "--seq-len", "32", "--image-size", "32"]
-    flags += ["--head-epochs", "0", "--epochs", "1", "--batch-size", "14", "--lr", "0.005"]
-    train.main(["sample", "--data", str(tiny_set), *flags, "--run-dir", str(run)])
+    return trained(tiny_set, run, "--network", "lstm", "--stages", "conv2", "--seq-len", "32")
+
+
+@pytest.fixture(scope="module")
+def small_linear(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("small") / "linear"
+    return trained(tiny_set, run, "--network", "linear", "--stages", "conv4")
+
+
+def trained(data: Path, run: Path, *flags: str) -> Path:
+    """The run after an epoch of three steps."""
+    common = [
+        "--image-size",
+        "32",
+        "--head-epochs",
+        "0",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "14",
+        "--lr",
+        "0.005",
+    ]
+    train.main(["sample", "--data", str(data), *common, *flags, "--run-dir", str(run)])
     return run
 
 
@@ -65,18 +88,20 @@ def as_function(names: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     return names["network"]
 
 
-@pytest.mark.parametrize("network", ["baseline", "lstm"])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "safetensors"])
 def test_exports_compute_and_tell_what_the_checkpoint_does(
     form: str,
     network: str,
     runs: list[Path],
     small_lstm: Path,
+    small_linear: Path,
     tiny_set: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run, out = {"baseline": runs[0], "lstm": small_lstm}[network], tmp_path / "out"
+    run = {"baseline": runs[0], "linear": small_linear, "lstm": small_lstm}[network]
+    out = tmp_path / "out"
     done = export.main([str(run), "--format", form, "--out", str(out)])
     assert sorted(done["files"]) == sorted(str(path) for path in out.iterdir())
     assert done["difference"] <= done["tolerance"] and done["count"] == 10
@@ -101,7 +126,8 @@ def test_exports_compute_and_tell_what_the_checkpoint_does(
     assert (facts["classes"], facts["words"]) == (data.classes, data.words)
     assert facts["input"]["mean"] == [0.485, 0.456, 0.406] and facts["input"]["std"] == [0.229, 0.224, 0.225]
     assert facts["input"]["shape"] == ["batch", 3, 32, 32] and facts["input"]["eval_crop"] == 1.0
-    assert facts["data"]["hash"] == data.hash and facts["config"]["network"] == network
+    assert facts["data"]["hash"] == data.hash and facts["config"]["network"] == facts["network"] == network
+    assert facts["averages"] == ({"layer3": 256} if network == "linear" else {})
     assert (facts["step"], facts["scores"]["top1"]) == (last["step"], last["val_top1"])
 
     _, metadata, text = (out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
@@ -111,7 +137,13 @@ def test_exports_compute_and_tell_what_the_checkpoint_does(
     assert f"| validation top-1 | {last['val_top1']:.4f} |" in text and data.hash in text
     assert b"site-packages" not in (out / FORMATS[form].file).read_bytes()  # no paths of this machine
 
-    groups = 0 if network == "baseline" else 2
+    what = {
+        "baseline": "",
+        "linear": " with a linear layer on the averages of conv4",
+        "lstm": " with LSTMs that read conv2,",
+    }
+    assert f"A ResNet-18{what[network]}" in text
+    groups = 2 if network == "lstm" else 0
     if form == "torch":
         operators = [str(node.target) for node in names["network"].graph.nodes if node.op == "call_function"]
         assert operators.count("aten.lstm.input") == groups
@@ -122,6 +154,20 @@ def test_exports_compute_and_tell_what_the_checkpoint_does(
 
         nodes = onnx.load(out / "model.onnx").graph.node
         assert [node.op_type for node in nodes].count("LSTM") == groups
+
+
+@pytest.mark.parametrize(
+    ("depth", "stages"), [(18, ("conv2", "conv5")), (50, ("conv3", "conv4")), (18, ("conv5",))]
+)
+def test_a_linear_network_of_several_stages(depth: int, stages: tuple[str, ...]) -> None:
+    """With conv5 alone it is torchvision's own."""
+    torch.manual_seed(0)
+    config = Config(network="linear", depth=depth, stages=stages, image_size=32)
+    network, plain = Network(config, 7).eval(), plain_network(config, 7)
+    plain.load_state_dict(plain_state(network))
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    assert difference(network, plain, images).is_rounding
+    assert isinstance(plain, torchvision.models.ResNet) == (stages == ("conv5",))
 
 
 def test_a_checkpoint_from_within_an_epoch_has_no_scores(small_lstm: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fastnet import train
 from fastnet.cli import SettingsParser
-from fastnet.config import PRESETS, Config
+from fastnet.config import NETWORKS, PRESETS, Config
 from fastnet.errors import InputError
 from fastnet.settings import as_toml, settings_of
 
@@ -19,7 +19,7 @@ def resolved(*argv: str, data_kind: str = "zip") -> Config:
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
-@pytest.mark.parametrize("network", ["baseline", "lstm"])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_printed_settings_are_read_back(preset: str, network: str, tmp_path: Path) -> None:
     config = PRESETS[preset](network)
     (tmp_path / "run.toml").write_text(as_toml(config))

@@ -20,7 +20,12 @@ from fastnet.data.prepared import PreparedSet
 from fastnet.errors import printable
 from fastnet.exporting.check import Difference
 from fastnet.exporting.formats import FACTS, FORMATS
-from fastnet.exporting.plain import ChannelGroupResNet, lstm_sizes
+from fastnet.exporting.plain import (
+    AveragedStagesResNet,
+    ChannelGroupResNet,
+    averaged_channels,
+    lstm_sizes,
+)
 from fastnet.input.draws import MEAN, STD
 from fastnet.training.events import EpochEvent, read_events
 
@@ -55,7 +60,8 @@ def facts_of(
     return {
         "network": config.network,
         "depth": config.depth,
-        "lstms": lstm_sizes(config) if config.network == "lstm" else {},
+        "lstms": lstm_sizes(config),
+        "averages": averaged_channels(config),
         "input": {
             "shape": ["batch", 3, config.image_size, config.image_size],
             "dtype": "float32",
@@ -97,9 +103,11 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
     title, trained_on = printable(name), printable(facts["data"]["name"])
     size, classes = facts["input"]["image_size"], len(facts["classes"])
     resnet = f"ResNet-{facts['depth']}"
+    stages = " and ".join(facts["config"]["stages"])
     if facts["lstms"]:
-        stages = " and ".join(facts["config"]["stages"])
-        what = f"A {resnet} whose {stages} are read by LSTMs, one for each group of channels"
+        what = f"A {resnet} with LSTMs that read {stages}, one for each group of channels"
+    elif facts["averages"]:
+        what = f"A {resnet} with a linear layer on the averages of {stages}"
     else:
         what = f"A {resnet}"
     scores = facts["scores"]
@@ -209,7 +217,7 @@ facts = json.loads(extra["{FACTS}"])
 """
     else:
         imports = "import torch\nimport torchvision\nfrom PIL import Image, ImageOps\nfrom safetensors import safe_open"
-        if facts["lstms"]:
+        if facts["lstms"] or facts["averages"]:
             imports += "\nfrom torch import Tensor, nn"
         load = f"""\
 with safe_open("{file}", framework="pt") as file:
@@ -240,8 +248,8 @@ def network_of(facts: dict[str, Any]) -> str:
     if facts["config"]["stem"] == "small":
         code += "network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)\n"
         code += "network.maxpool = torch.nn.Identity()\n"
-    if facts["lstms"]:
-        source = inspect.getsource(ChannelGroupResNet)
-        code = f"\n\n{source}\n\n{code}"
-        code += f'network = ChannelGroupResNet(network, facts["lstms"], {len(facts["classes"])})\n'
+    for key, plain in (("lstms", ChannelGroupResNet), ("averages", AveragedStagesResNet)):
+        if facts[key]:
+            code = f"\n\n{inspect.getsource(plain)}\n\n{code}"
+            code += f'network = {plain.__name__}(network, facts["{key}"], {len(facts["classes"])})\n'
     return code

@@ -9,11 +9,37 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fastnet.config import Config
+from fastnet.config import Config, stage_channels
 from fastnet.network.network import LAYERS, Network
 
 
-# The model card of a file of weights holds this class as it stands here, so it takes nothing but torch.
+# The model card of a file of weights holds one of these classes as it stands here, so they take nothing but torch.
+class AveragedStagesResNet(nn.Module):
+    """A ResNet up to the last stage that is read, the stages' averages over all positions, and a linear layer.
+
+    channels: of each stage that is read, by torchvision's name of the stage. Images [B, 3, S, S] -> logits [B, K].
+    """
+
+    def __init__(self, resnet: nn.Module, channels: dict[str, int], classes: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.stages: list[str] = []
+        for name, child in resnet.named_children():
+            self.add_module(name, child)
+            self.stages.append(name)
+            if name == max(channels):
+                break
+        self.fc = nn.Linear(sum(channels.values()), classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x, averages = images, []
+        for stage in self.stages:
+            x = self.get_submodule(stage)(x)  # [B, C, h, w]
+            if stage in self.channels:
+                averages.append(x.mean(dim=(2, 3)))  # [B, C]
+        return self.fc(torch.cat(averages, dim=1))
+
+
 class ChannelGroupResNet(nn.Module):
     """A ResNet up to the last stage that LSTMs read, an LSTM per group of channels, and a linear layer.
 
@@ -51,20 +77,33 @@ class ChannelGroupResNet(nn.Module):
 
 
 def plain_network(config: Config, classes: int) -> nn.Module:
-    """torchvision's ResNet or a ChannelGroupResNet, in evaluation mode, with random weights that take no gradient."""
+    """torchvision's ResNet or one of the classes above, in evaluation mode, with random weights that take no
+    gradient."""
     network = torchvision.models.get_model(f"resnet{config.depth}", weights=None, num_classes=classes)
     if config.stem == "small":
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
-    if config.network == "lstm":
-        network = ChannelGroupResNet(network, lstm_sizes(config), classes)
+    if sizes := lstm_sizes(config):
+        network = ChannelGroupResNet(network, sizes, classes)
+    if channels := averaged_channels(config):
+        network = AveragedStagesResNet(network, channels, classes)
     return network.eval().requires_grad_(False)
 
 
 def lstm_sizes(config: Config) -> dict[str, tuple[int, int]]:
     """Groups and hidden size of each stage that LSTMs read, by torchvision's name of the stage."""
+    if config.network != "lstm":
+        return {}
     sizes = zip(config.stages, config.lstm_stages, strict=True)
     return {LAYERS[stage]: (groups, hidden) for stage, (groups, _, hidden) in sizes}
+
+
+def averaged_channels(config: Config) -> dict[str, int]:
+    """Channels of each stage whose average is read, by torchvision's name of the stage; empty for torchvision's own
+    head, which reads conv5."""
+    if config.network == "lstm" or config.read_stages == ("conv5",):
+        return {}
+    return {LAYERS[stage]: stage_channels(config.depth, stage) for stage in config.read_stages}
 
 
 def plain_state(network: Network) -> dict[str, Tensor]:

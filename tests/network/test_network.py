@@ -74,6 +74,34 @@ def test_lstm_network_is_an_lstm_per_group_of_channels(
     assert next(lstms, None) is None
 
 
+@pytest.mark.parametrize(
+    ("depth", "stages"), [(18, ("conv4",)), (18, ("conv2", "conv3", "conv5")), (50, ("conv3", "conv4"))]
+)
+def test_linear_network_reads_the_averages_of_the_stages(depth: int, stages: tuple[str, ...]) -> None:
+    """The stages behind the last one that is read are not there."""
+    config = Config(network="linear", depth=depth, image_size=64, stages=stages)
+    torch.manual_seed(0)
+    network = Network(config, classes=7).eval()
+    x = images(config)
+    with torch.no_grad():
+        maps = torchvision_stages(network, depth, x)
+        averages = torch.cat(
+            [maps[stage].flatten(2).sum(2) / maps[stage][0, 0].numel() for stage in stages], 1
+        )
+        expected = nn.functional.linear(averages, network.classifier.weight, network.classifier.bias)
+        torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
+    assert hasattr(network.backbone, "layer4") == ("conv5" in stages)
+
+
+def test_the_baseline_is_a_linear_network_of_conv5() -> None:
+    torch.manual_seed(0)
+    baseline = Network(Config(image_size=64), 7).eval()
+    linear = Network(Config(network="linear", image_size=64, stages=("conv5",)), 7).eval()
+    linear.load_state_dict(baseline.state_dict())
+    x = images(Config(image_size=64))
+    assert torch.equal(linear(x), baseline(x))
+
+
 def test_paper_sizes() -> None:
     config = Config(network="lstm")
     assert config.lstm_stages == [(4, 64, 196), (8, 64, 49)]

@@ -77,6 +77,21 @@ def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -
     assert len(list(other.glob("features/*/*.npy"))) == 3
 
 
+def test_a_linear_layer_reads_kept_features(tiny_set: Path, tmp_path: Path) -> None:
+    """A head phase on conv4 is the one on images, up to the rounding that the LSTMs' test allows."""
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    flags = ["--network", "linear", "--stages", "conv4", "--epochs", "0", "--log-every", "1"]
+    for name, draws in (("images", "0"), ("kept", "2")):
+        run_here(own, tmp_path / name, *flags, "--cache-features", draws)
+    eps = torch.finfo(torch.float16).eps
+    mine, theirs = events(tmp_path / "kept", "step"), events(tmp_path / "images", "step")
+    assert len(mine) == 10
+    for kept, plain in zip(mine, theirs, strict=True):
+        assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=eps * kept["step"])
+    # 256 channels of 2x2 positions, of 42 images.
+    assert np.load(next(own.glob("features/*/0-0.npy"))).size == 42 * 1024
+
+
 def test_a_disk_too_small_is_refused_first(
     own_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

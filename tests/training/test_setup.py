@@ -20,7 +20,8 @@ def test_lstms_that_no_memory_holds() -> None:
         InputError, match=r"--image-size 2048: the LSTMs of conv4, conv5 have 9,\d\d\d million"
     ):
         check_sizes(config, Runtime(torch.device("cpu")))
-    check_sizes(replace(config, network="baseline"), Runtime(torch.device("cpu")))
+    for network in ("baseline", "linear"):
+        check_sizes(replace(config, network=network), Runtime(torch.device("cpu")))
     check_sizes(replace(config, image_size=224), Runtime(torch.device("cpu")))
 
 
@@ -37,5 +38,6 @@ def test_one_value_is_too_few_for_batch_norm() -> None:
     check_sizes(replace(config, image_size=64), Runtime(torch.device("cpu"), world_size=8))
     frozen = replace(config, head_epochs=1, epochs=0)
     check_sizes(frozen, Runtime(torch.device("cpu"), world_size=8))
-    of_conv4 = replace(config, network="lstm", stages=("conv4",))
-    check_sizes(of_conv4, Runtime(torch.device("cpu"), world_size=8))
+    for network in ("linear", "lstm"):
+        of_conv4 = replace(config, network=network, stages=("conv4",))
+        check_sizes(of_conv4, Runtime(torch.device("cpu"), world_size=8))
