@@ -8,7 +8,7 @@ import json
 import pytest
 
 from fastnet.cli import SettingsParser, as_arguments
-from fastnet.config import PRESETS, Augment, Config, choose_preset, with_flags
+from fastnet.config import NETWORKS, PRESETS, Augment, Config, choose_preset, with_flags
 from fastnet.errors import InputError
 
 # The command line is an interface: scripts rely on these flags.
@@ -58,7 +58,15 @@ def test_presets() -> None:
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
-@pytest.mark.parametrize("network", ["baseline", "lstm"])
+def test_a_linear_layer_trains_as_the_lstms_that_it_is_compared_with(preset: str) -> None:
+    of_lstms = dataclasses.replace(PRESETS[preset]("lstm"), network="linear")
+    assert PRESETS[preset]("linear") == of_lstms and of_lstms.head_epochs > 0
+    # It has no sequences whose length could fail to divide the channels.
+    assert dataclasses.replace(of_lstms, seq_len=100).read_stages == ("conv4", "conv5")
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("network", NETWORKS)
 def test_config_survives_json(preset: str, network: str) -> None:
     config = PRESETS[preset](network)
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -104,9 +112,10 @@ def test_wrong_values_are_named(argv: list[str], message: str) -> None:
         ),
         (["sample", "--help"], {"--network": "baseline", "--lr": "0.05", "--head-epochs": "0"}),
         (["-h", "--network", "lstm", "sample"], {"--network": "lstm", "--lr": "0.05", "--head-epochs": "3"}),
+        (["--help", "--network", "linear"], {"--network": "linear", "--head-epochs": "20", "--plateau": "3"}),
         (["fast", "--help"], {"--batch-size": "512", "--image-size": "128"}),
     ],
-    ids=["nothing named", "a preset", "preset and network", "fast"],
+    ids=["nothing named", "a preset", "preset and network", "a network", "fast"],
 )
 def test_help_shows_one_default_a_flag(
     argv: list[str], shown: dict[str, str], capsys: pytest.CaptureFixture[str]
