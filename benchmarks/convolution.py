@@ -1,4 +1,4 @@
-"""When is a 3x3 convolution faster as a product of matrices?  python -m benchmarks.convolution  (under a minute on two cores)
+"""When is a convolution faster as a product of matrices?  python -m benchmarks.convolution  (a minute on two cores)
 
 The convolutions of ResNet-18's conv5 on the CPU, forward and backward, as nn.Conv2d and as the product that
 fastnet.network.convolution takes on small maps; here it is timed on all of them. In bfloat16 under autocast, as in
