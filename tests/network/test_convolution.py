@@ -45,7 +45,8 @@ def test_it_is_the_convolution(
     """
     monkeypatch.setattr(convolution, "SMALL", {dtype: 25})
     generator = torch.Generator().manual_seed(0)
-    conv = nn.Conv2d(C, D, 3, stride, padding=1, bias=False).to(dtype, memory_format=torch.channels_last)
+    conv = nn.Conv2d(C, D, 3, stride, padding=1, bias=False).to(dtype)
+    conv.to(memory_format=torch.channels_last)
     x = torch.randn(B, C, *size, generator=generator).to(dtype, memory_format=torch.channels_last)
     x.requires_grad_()
     matrix = MatrixConv2d(conv)
