@@ -12,7 +12,6 @@ All scores are those of the last epoch on the val split: none is the best of sev
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import shutil
 import statistics

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import accuracy, accuracy_runs, harness
 from benchmarks.accuracy_runs import Experiment, Run
-from fastnet.config import Config, with_flags
 from fastnet.cli import SettingsParser
+from fastnet.config import Config, with_flags
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
 
