@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import fastnet
 from fastnet.config import PRESETS, Augment, Config, flag_name
@@ -116,7 +116,17 @@ def _options(item: dataclasses.Field, kind: type) -> dict[str, Any]:
         return {**options, "type": int if kind is int else str, "choices": item.metadata["choices"]}
     if kind in (int, float, str):
         return {**options, "type": kind, "metavar": {int: "N", float: "X", str: "WHAT"}[kind]}
+    if int in get_args(kind):
+        return {**options, "type": _number_or_word, "metavar": "N"}
     return {**options, "type": _comma_list, "metavar": "LIST"}
+
+
+def _number_or_word(text: str) -> int | str:
+    """What a field that takes both is given; `Config` knows the words."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _comma_list(text: str) -> tuple[str, ...]:

@@ -123,8 +123,12 @@ class Config:
     augment: Augment = field(default_factory=Augment)
 
     batch_size: int = _flag(256, "training", "images per optimiser step, over all ranks", least=1)
-    accumulate: int = _flag(
-        1, "training", "parts in which a rank computes its share of a batch, to save memory", least=1
+    accumulate: int | Literal["auto"] = _flag(
+        1,
+        "training",
+        "parts in which a rank computes its share of a batch, to save memory: a number, or auto, the fewest that fit "
+        "into the GPU's memory, tried before the first step",
+        least=1,
     )
     head_epochs: int = _flag(0, "training", "epochs with frozen convolutions, at most", least=0)
     plateau: int = _flag(
@@ -245,6 +249,8 @@ class Config:
                     raise InputError(
                         f"--seq-len {self.seq_len}: must divide the {channels} channels of {stage}"
                     )
+        if isinstance(self.accumulate, str) and self.accumulate != "auto":
+            raise InputError(f"--accumulate {self.accumulate}: give a number, or auto")
         if self.profile_steps != "none" and not _is_window(self.profile_steps):
             raise InputError(f"--profile-steps {self.profile_steps}: give A:B with A below B, such as 20:25")
         if not re.fullmatch(r"[1-9]\d{0,8}[smh]?", self.checkpoint_every, re.ASCII):
@@ -278,6 +284,12 @@ class Config:
     def stride(self, stage: str) -> int:
         """Pixels of the image from one position of a stage's output to the next."""
         return (4 if self.stem == "imagenet" else 1) * 2 ** STAGES.index(stage)
+
+    @property
+    def parts(self) -> int:
+        """The number of `accumulate`. A run that trains with auto has found it before anything asks."""
+        assert isinstance(self.accumulate, int), "the parts of --accumulate auto are not known yet"
+        return self.accumulate
 
     @property
     def profile_window(self) -> tuple[int, int] | None:
@@ -382,7 +394,7 @@ def _check(flag: str, value: Any, meta: Any) -> None:
         raise InputError(f"{flag} {value!s:.20}...: must be at most {MAX_NUMBER:,}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{flag} {value}: must be a finite number")
-    if "least" in meta and value < meta["least"]:
+    if "least" in meta and not isinstance(value, str) and value < meta["least"]:
         raise InputError(f"{flag} {value}: must be at least {meta['least']}")
     if "above" in meta and value <= meta["above"]:
         raise InputError(f"{flag} {value}: must be greater than {meta['above']}")

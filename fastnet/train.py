@@ -29,8 +29,8 @@ from fastnet.settings import as_toml, settings_of
 from fastnet.training.trainer import Trainer
 
 REMEDY = (
-    "use --decode gpu where the set was decoded into GPU memory, or, in another --run-dir, a larger --accumulate, a "
-    "smaller --batch-size or --image-size, or more GPUs; the last checkpoint is as it was"
+    "use --decode gpu where the set was decoded into GPU memory, or, in another --run-dir, --accumulate auto or a "
+    "larger number, a smaller --batch-size or --image-size, or more GPUs; the last checkpoint is as it was"
 )
 
 
@@ -81,8 +81,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _at_once(config: Config, runtime: Runtime) -> str:
-    images = -(-config.batch_size // (runtime.world_size * config.accumulate))
-    return f"rank {runtime.rank}: {images} images at {config.image_size} px at once"
+    auto = config.accumulate == "auto"
+    images = -(-config.batch_size // (runtime.world_size * (1 if auto else config.parts)))
+    how = "in the parts of --accumulate auto" if auto else "at once"
+    return f"rank {runtime.rank}: {images} images at {config.image_size} px {how}"
 
 
 def _renamed(value: str) -> NoReturn:

@@ -26,12 +26,13 @@ def memory_for(what: str, device: torch.device, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_of_memory(error):
+        if not is_of_memory(error):
             raise
         raise MemoryFullError(f"{what}: out of memory on {_described(device)}; {remedy}") from error
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def is_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, of a GPU or of this machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(sign in str(error) for sign in SIGNS)

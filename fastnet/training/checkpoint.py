@@ -198,6 +198,8 @@ def load_last(run_dir: Path, config: Config, data: PreparedSet) -> Checkpoint | 
         return None
     saved = load(path)
     before, now = saved.config.to_json(), config.to_json()
+    if config.accumulate == "auto":  # the number that the run began with
+        now["accumulate"] = before["accumulate"]
     changed = next((name for name in now if name not in MAY_CHANGE and before[name] != now[name]), None)
     if changed:
         longer = f"; to train for longer, start from its weights: --weights {path} and another --run-dir"

@@ -133,7 +133,7 @@ class FrozenFeatures:
         config, device = self.config, self.runtime.device
         spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
         augment = config.augment if use == "train" else None
-        size = max(1, config.batch_size // self.runtime.world_size // config.accumulate)
+        size = max(1, config.batch_size // self.runtime.world_size // config.parts)
         full = "free some space, or use fewer draws with --cache-features"
         with closing(
             DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
@@ -183,11 +183,11 @@ class FeatureTrainStream:
 
     def __init__(self, features: FrozenFeatures, dtype: torch.dtype, *, epoch: int, step: int) -> None:
         config, runtime = features.config, features.runtime
-        self.features, self.dtype, self.accumulate = features, dtype, config.accumulate
+        self.features, self.dtype, self.accumulate = features, dtype, config.parts
         self.todo = micro_batches(
             features.images["train"],
             config.batch_size,
-            config.accumulate,
+            config.parts,
             config.seed,
             runtime.rank,
             runtime.world_size,

@@ -47,7 +47,7 @@ class Inputs:
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
         self.steps_per_epoch = len(self.division.train_images) // config.batch_size
-        self.share = max(1, config.batch_size // runtime.world_size // config.accumulate)
+        self.share = max(1, config.batch_size // runtime.world_size // config.parts)
         self.val = self.open_val(self.division.val, self.division.val_images)
         self.images: TrainStream | DeviceTrainStream | None = None
         self.batches: Streamed | Resident | None = None
@@ -75,7 +75,7 @@ class Inputs:
                 self.spec,
                 self.config.augment,
                 batch_size=self.config.batch_size,
-                accumulate=self.config.accumulate,
+                accumulate=self.config.parts,
                 seed=self.config.seed,
                 epoch=state.epoch,
                 step=state.step_in_epoch,

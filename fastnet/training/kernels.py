@@ -26,21 +26,27 @@ def prepare_kernels(config: Config, runtime: Runtime, backend: str, stream: Any)
     if not needed or runtime.device.type != "cuda":
         return
     started = time.perf_counter()
-    # On another host, or with a cache of its own, a rank would wait for nothing.
-    first = runtime.is_first_with(f"{socket.gethostname()}:{warmup.cache_dir()}")
     counts: Counter[str] = Counter()
-    for mine in (first, not first):
+    for mine in turns(runtime):
         with runtime.agree():
             if mine:
-                counts = _compile(config, runtime, backend, stream)
+                counts = compile_kernels(config, runtime, backend, stream)
     runtime.say(
         f"Triton kernels: {counts['compiled']} compiled, {counts['found']} found in {warmup.cache_dir()}, "
         f"{time.perf_counter() - started:.1f} s"
     )
 
 
-def _compile(config: Config, runtime: Runtime, backend: str, stream: Any) -> Counter[str]:
-    share = max(1, config.batch_size // runtime.world_size // config.accumulate)
+def turns(runtime: Runtime) -> tuple[bool, bool]:
+    """In which of two turns this rank compiles: the first of the ranks with one cache before the others. Collective."""
+    # On another host, or with a cache of its own, a rank would wait for nothing.
+    first = runtime.is_first_with(f"{socket.gethostname()}:{warmup.cache_dir()}")
+    return first, not first
+
+
+def compile_kernels(config: Config, runtime: Runtime, backend: str, stream: Any) -> Counter[str]:
+    """On this rank alone. Counts the kernels that were compiled, and those found in the cache. Raises InputError."""
+    share = max(1, config.batch_size // runtime.world_size // config.parts)
     stages = [Stage(*stage) for stage in config.lstm_stages]
     dtype = runtime.amp or torch.float32
     try:

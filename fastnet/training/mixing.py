@@ -42,7 +42,7 @@ class Mixer:
         self.config, self.device = config, runtime.device
         self.mine = part(config.batch_size, runtime.rank, runtime.world_size)
         length = self.mine.stop - self.mine.start
-        self.parts = [part(length, micro, config.accumulate) for micro in range(config.accumulate)]
+        self.parts = [part(length, micro, config.parts) for micro in range(config.parts)]
         self.table = torch.zeros(length, NUMBERS, device=self.device)  # [L, NUMBERS]
 
     def set_step(self, step: int) -> None:

@@ -70,14 +70,20 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
             f"million parameters and take {needed / 2**30:.0f} GiB to train, of {there / 2**30:.0f} GiB here; use "
             "smaller images, or deeper --stages"
         )
-    share = config.batch_size // runtime.world_size // config.accumulate
-    last = config.read_stages[-1]
-    if config.epochs and share * (config.image_size // config.stride(last)) ** 2 == 1:
+    # auto stops before its parts are too small
+    share = config.batch_size // runtime.world_size // (1 if config.accumulate == "auto" else config.parts)
+    if share == 1 < fewest_images(config):
         raise InputError(
-            f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which {last} has a single "
-            f"value ({config.image_size} px), too few for batch norm; use a larger batch, fewer ranks or parts, or "
-            "larger images"
+            f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which "
+            f"{config.read_stages[-1]} has a single value ({config.image_size} px), too few for batch norm; use a "
+            "larger batch, fewer ranks or parts, or larger images"
         )
+
+
+def fewest_images(config: Config) -> int:
+    """How many images a micro-batch must have: batch norm takes no single value, which the last stage may have."""
+    side = config.image_size // config.stride(config.read_stages[-1])
+    return 2 if config.epochs and side == 1 else 1
 
 
 def _memory(device: torch.device) -> int:

@@ -59,9 +59,9 @@ class TrainStep:
 
     def on_device(self) -> None:
         """Gradients of all micro-batches, and the update."""
-        for micro in range(self.config.accumulate):
+        for micro in range(self.config.parts):
             x, y = self.batches.make(micro)  # [B, 3, S, S], [B]
-            last = micro == self.config.accumulate - 1
+            last = micro == self.config.parts - 1
             with contextlib.nullcontext() if last else without_sync(self.model):
                 self.backward(micro, x, y)
         with span("optimizer", self.runtime.device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastnet.network.weights import load_backbone
 from fastnet.profiling import Window
 from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
+from fastnet.training.accumulation import choose_parts
 from fastnet.training.capture import own_stream
 from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import check_weights, evaluate, evaluate_saved
@@ -258,8 +259,11 @@ class Trainer:
         self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(own_stream(runtime.device))
+            chosen |= choose_parts(config, self.saved, self.data, self.network, self.average, runtime, chosen)
+            config = self.config = replace(config, accumulate=chosen["accumulate"])
             stack.callback(self.close_phase)
             with runtime.agree():
+                check_sizes(config, runtime)
                 self.inputs = Inputs(config, self.data, runtime, chosen, self.stopwatch.waited)
                 stack.callback(self.inputs.close)
                 if not self.state.done and not self.inputs.caches(self.phases[self.state.phase]):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastnet.training.checkpoint import load
+from fastnet.training.manifest import read_manifest
 from tests.softgpu.process import PATH, needs_compiler, run_python
 from tests.support.ranks import start_ranks
 from tests.support.runs import events
@@ -86,3 +87,22 @@ def test_full_memory_of_one_rank_ends_both(tiny_set: Path, tmp_path: Path) -> No
     (line,) = [line for line in said if line.startswith("error: ")]
     assert line.startswith("error: rank 1: 4 images at 32 px at once: out of memory on cuda:1 (")
     assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.xdist_group("ranks")
+@needs_compiler
+def test_accumulate_auto_takes_what_the_fullest_rank_needs(tiny_set: Path, tmp_path: Path) -> None:
+    """16 images of a rank take 38 MB at 64 px in a network that ends with conv2."""
+    flags = ["sample", "--network", "linear", "--stages", "conv2", "--image-size", "64", "--batch-size", "32"]
+    flags += ["--head-epochs", "0", "--max-steps", "1", "--precision", "fp32", "--threads", "1"]
+    flags += ["--cuda-graph", "off", "--decode", "cpu", "--accumulate", "auto"]
+    train = ["-m", "fastnet.train", *flags, "--data", str(tiny_set), "--run-dir", str(tmp_path)]
+    softgpu = [sys.executable, "-m", "softgpu", "--devices", "2", "--memory-mb"]
+    ranks = start_ranks([[*softgpu, memory, *train] for memory in ("2000", "40")], PYTHONPATH=PATH)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    (session,) = read_manifest(tmp_path).sessions
+    assert session["accumulate"] > 1

@@ -24,6 +24,7 @@ GROUPS = {
     "apex": (["check_apex.py"], []),
     "budgets": (["check_budgets.py"], ["--operators", "null", "--triton", "null"]),
     "images": (["check_images.py"], ["--memory-mb", "512"]),
+    "accumulation": (["check_accumulation.py"], ["--memory-mb", "64"]),
     "hopper": (
         ["check_compiled.py", "-k", "hopper"],
         ["--operators", "null", "--triton", "null", "--capability", "90"],
