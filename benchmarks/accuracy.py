@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
         write(args.experiment, rows)  # after each seed, as a seed may take hours
     print(table(rows))
     if experiment.curves:
-        runs = [folder / f"{run.name}-0" for run in experiment.runs]
-        curves = [read_curves(path, run.name) for path, run in zip(runs, experiment.runs, strict=True)]
+        folders = [folder / f"{run.name}-0" for run in experiment.runs]
+        curves = [read_curves(path, run.name) for path, run in zip(folders, experiment.runs, strict=True)]
         for path in figures.save(figures.draw(curves), folder):
             shutil.copy(path, harness.results_dir() / f"accuracy-{args.experiment}{path.suffix}")
 

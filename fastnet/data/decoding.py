@@ -73,7 +73,7 @@ def decode_images(
     ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
     starts = np.concatenate([[0], ends[:-1]])
     pixels = np.empty(ends[-1], np.uint8)
-    places = memoryview(pixels)  # a slice of it costs less than one of the array, and so does a list's number
+    places = pixels.data  # a slice of it costs less than one of the array, and so does a list's number
     bounds = list(zip(starts.tolist(), ends.tolist(), strict=True))
     others = []
     for n, image in enumerate(images):
