@@ -147,6 +147,13 @@ class Config:
         choices=("none", *STAGES),
     )
     epochs: int = _flag(15, "training", "epochs in which the whole network trains", least=0)
+    start_size: int = _flag(
+        0,
+        "training",
+        "train the whole network on images of N px at first, which grow by 32 px at a time over two thirds of its "
+        "epochs; 0: on images of full size",
+        within=(0, 4096),
+    )
     lr: float = _flag(0.02, "training", "peak learning rate while the whole network trains", above=0)
     head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
     optimizer: str = _flag(
@@ -170,6 +177,13 @@ class Config:
         "training",
         "decay per step of a moving average of the weights, which is then what is evaluated; 0: none",
         within=(0, 0.999999),
+    )
+    average_last: int = _flag(
+        0,
+        "training",
+        "average the weights at the ends of the last N epochs, with batch norms estimated anew; the average is then "
+        "what is evaluated; 0: none",
+        least=0,
     )
     mixup: float = _flag(
         0.0,
@@ -263,6 +277,36 @@ class Config:
             )
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
+        if self.start_size:
+            self._check_start_size()
+        if self.average_last:
+            self._check_average()
+
+    def _check_start_size(self) -> None:
+        flag = f"--start-size {self.start_size}"
+        if self.start_size % 32 or self.start_size > self.image_size:
+            raise InputError(f"{flag}: must be a multiple of 32, at most --image-size {self.image_size}")
+        if self.network == "lstm":
+            raise InputError(
+                f"{flag}: the LSTMs' size is that of the images; leave it out, or train another network"
+            )
+        if self.epochs < 2:
+            raise InputError(f"{flag}: the images grow over --epochs, at least 2 and not {self.epochs}")
+        if self.cache_features and self.freeze != "none":
+            raise InputError(f"{flag}: kept features are of one size; leave out --cache-features or --freeze")
+
+    def _check_average(self) -> None:
+        flag, last = f"--average-last {self.average_last}", self.epochs or self.head_epochs
+        if self.ema:
+            raise InputError(
+                f"{flag} with --ema {self.ema}: two averages of the weights; leave one of them out"
+            )
+        if self.average_last > last:
+            raise InputError(f"{flag}: the last phase has {last} epochs; use at most that")
+        if self.plateau and not self.epochs:
+            raise InputError(
+                f"{flag}: where --plateau ends the run, nobody knows its last epochs; leave one out"
+            )
 
     @property
     def read_stages(self) -> tuple[str, ...]:

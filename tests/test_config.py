@@ -13,13 +13,13 @@ from fastnet.errors import InputError
 
 # The command line is an interface: scripts rely on these flags.
 FLAGS = """
---accumulate --apex --augment --backend --batch-size --cache-features --checkpoint-every --clip-grad
---compile --cuda-graph --cutmix --decode --depth --deterministic --device --ema --epochs --erase
---eval-crop --flip --flip-average --freeze --head-epochs --head-freeze --head-lr --head-optimizer
---holdout --image-size --label-smoothing --layer-decay --log-every --lr --max-steps --min-crop
---mixup --momentum --network --optimizer --plateau --plateau-delta --precision --profile-steps
---seed --seq-len --stages --stem --threads --timeout --warmup --weight-decay --weights
---weights-partial
+--accumulate --apex --augment --average-last --backend --batch-size --cache-features
+--checkpoint-every --clip-grad --compile --cuda-graph --cutmix --decode --depth --deterministic
+--device --ema --epochs --erase --eval-crop --flip --flip-average --freeze --head-epochs
+--head-freeze --head-lr --head-optimizer --holdout --image-size --label-smoothing --layer-decay
+--log-every --lr --max-steps --min-crop --mixup --momentum --network --optimizer --plateau
+--plateau-delta --precision --profile-steps --seed --seq-len --stages --start-size --stem
+--threads --timeout --warmup --weight-decay --weights --weights-partial
 """
 
 
@@ -42,7 +42,7 @@ def test_every_field_is_reached_by_its_flag() -> None:
                 continue
             flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
             words, value = values[kind]
-            if field.name == "image_size":
+            if field.name in ("image_size", "start_size"):
                 words, value = ["96"], 96
             config = parsed(flag, *words)
             assert getattr(config if owner is Config else config.augment, field.name) == value
@@ -94,6 +94,23 @@ def test_config_survives_json(preset: str, network: str) -> None:
         (["--warmup", "1e308"], r"--warmup 1e\+308: must lie between 0 and 10000"),
         (["--timeout", "1e308"], r"--timeout 1e\+308: must lie between 0 and 10000000"),
         (["--epochs", "9" * 400], r"--epochs 99999999999999999999...: must be at most 1,000,000,000,000"),
+        (["--start-size", "48"], r"--start-size 48: must be a multiple of 32, at most --image-size 224"),
+        (["--start-size", "256"], r"--start-size 256: must be a multiple of 32, at most --image-size 224"),
+        (
+            ["--start-size", "64", "--network", "lstm"],
+            r"--start-size 64: the LSTMs' size is that of the images",
+        ),
+        (["--start-size", "64", "--epochs", "1"], r"--start-size 64: .* over --epochs, at least 2 and not 1"),
+        (
+            ["--start-size", "64", "--cache-features", "1", "--freeze", "conv2"],
+            r"--start-size 64: kept features are of one size; leave out --cache-features or --freeze",
+        ),
+        (["--average-last", "2", "--ema", "0.9"], r"--average-last 2 with --ema 0.9: two averages"),
+        (["--average-last", "16"], r"--average-last 16: the last phase has 15 epochs; use at most that"),
+        (
+            ["--average-last", "1", "--epochs", "0", "--head-epochs", "2", "--plateau", "1"],
+            r"--average-last 1: where --plateau ends the run, nobody knows its last epochs",
+        ),
         (["large"], r"large: no such preset; name one of paper, sample, fast"),
         (["--batchsize", "3"], r"unrecognized arguments: --batchsize"),
     ],

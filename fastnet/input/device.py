@@ -231,26 +231,33 @@ def unsupported(augment: Augment) -> str | None:
 
 def why_not_compiled(image_size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Compiles the kernel ahead of its first launch; in one line why that is not possible."""
-    from fastnet_kernels import images, warmup
+    from fastnet_kernels import warmup
+
+    try:
+        with warmup.compiling():
+            launch_kernel(image_size, dtype, device)
+    except warmup.CannotCompile as error:
+        return str(error)
+    return None
+
+
+def launch_kernel(image_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Launches what makes batches of this size, on no images: for use inside `fastnet_kernels.warmup.compiling`."""
+    from fastnet_kernels import images
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, device=device)
 
-    try:
-        with warmup.compiling():
-            images.make_batch(
-                images.Images(zeros(3, dtype=torch.uint8), zeros(1), zeros(1)),
-                zeros(1, 1, images.ROW, dtype=torch.int32),
-                zeros(1),
-                first=0,
-                count=1,
-                image_size=image_size,
-                dtype=dtype,
-                normalisation=images.Normalisation(MEAN, STD),
-            )
-    except warmup.CannotCompile as error:
-        return str(error)
-    return None
+    images.make_batch(
+        images.Images(zeros(3, dtype=torch.uint8), zeros(1), zeros(1)),
+        zeros(1, 1, images.ROW, dtype=torch.int32),
+        zeros(1),
+        first=0,
+        count=1,
+        image_size=image_size,
+        dtype=dtype,
+        normalisation=images.Normalisation(MEAN, STD),
+    )
 
 
 def train_stream(

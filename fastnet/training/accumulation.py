@@ -98,10 +98,11 @@ class Trial:
         splits = (division.train, division.val)
         decode = place(config, splits, runtime)["decode"]
         self.dtype, self.classes = image_dtype(decode, runtime), len(data.classes)
-        # What a run has beside its steps: the decoded set, and the gradients as DistributedDataParallel sums them.
+        # What a run has beside its steps: the decoded set, the gradients as DistributedDataParallel sums them, and the
+        # average of the weights that comes last.
+        weights = sum(p.nbytes for p in network.parameters())
         self.beside = sum(map(decoded_bytes, splits)) if decode == "device" else 0
-        if runtime.world_size > 1:
-            self.beside += sum(p.nbytes for p in network.parameters())
+        self.beside += weights * ((runtime.world_size > 1) + (config.average_last > 0))
 
     def fits(self, parts: int, *, last: bool) -> tuple[bool, str]:
         """Whether the share fits in so many parts, and what they take. The `last` ones have to."""

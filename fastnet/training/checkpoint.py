@@ -12,7 +12,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -30,12 +30,19 @@ from fastnet.training.state import TrainState
 FORMAT = 1
 
 
+class Updates(NamedTuple):
+    """What a phase has besides weights: the states of its optimiser and its loss scaler."""
+
+    optimizer: dict[str, Any] | None
+    scaler: dict[str, Any]
+
+
 @dataclass
 class Checkpoint:
     """What last.pt and best.pt hold, besides the number of their format. Tensors are in `model` and `optimizer`.
 
-    `optimizer` is None between two phases. `position` says how far the run is. `average` has the moving average of
-    `model` in a run with --ema.
+    `optimizer` is None between two phases. `position` says how far the run is. `average` has the average of `model` in
+    a run with --ema, or with --average-last once there is one.
     """
 
     config: Config
@@ -52,6 +59,10 @@ class Checkpoint:
     def result(self) -> dict[str, Any]:
         """The weights that are evaluated."""
         return self.model if self.average is None else self.average
+
+    @property
+    def updates(self) -> Updates:
+        return Updates(self.optimizer, self.scaler)
 
 
 KEYS = {"format", *(field.name for field in fields(Checkpoint) if field.default is MISSING)}
@@ -233,18 +244,18 @@ def load_model(network: Network, path: Path, model: dict[str, Any]) -> None:
 
 
 def restore(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, saved: Checkpoint
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, state: Updates
 ) -> None:
-    """Puts the checkpoint's state into the optimiser and loss scaler. Raises InputError if it does not fit."""
+    """Puts a state into the optimiser and loss scaler. Raises InputError if it, from `path`, does not fit."""
     rates = [{key: group[key] for key in ("lr", "lr_scale")} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(saved.optimizer or {})
+        optimizer.load_state_dict(state.optimizer or {})
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group.update(rate)  # set before each step; on a GPU it has to stay the tensor that it is
         if (
-            saved.scaler
+            state.scaler
         ):  # empty if it was not fp16 until now: what --precision auto means depends on the device
-            scaler.load_state_dict(saved.scaler)
+            scaler.load_state_dict(state.scaler)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 for value in optimizer.state[p].values():

@@ -14,6 +14,7 @@ from fastnet.input.streams import Batch
 from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load
+from fastnet.training.parallel import share_weights
 
 
 @torch.inference_mode()
@@ -28,6 +29,17 @@ def evaluate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Tot
         counter.add(logits, y)
     network.train(training)
     return Totals(*runtime.sum_(counter.sums).tolist())
+
+
+def validate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Totals:
+    """The same with rank 0's weights. Raises InputError if a loss is not finite."""
+    share_weights(network, runtime)
+    totals = evaluate(network, stream, runtime)
+    if totals.not_finite:
+        raise InputError(
+            f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
+        )
+    return totals
 
 
 def evaluate_saved(network: Network, path: Path, stream: Iterable[Batch], runtime: Runtime) -> Totals:

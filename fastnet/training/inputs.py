@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,17 @@ from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
-from fastnet.input.graph import InputSpec
+from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream, TrainStream
 from fastnet.network.network import Network
-from fastnet.training.batches import Resident, Streamed
+from fastnet.progress import track
+from fastnet.training.batches import Resident, Stream, Streamed
 from fastnet.training.features import FeatureEvalStream, FeatureTrainStream, FrozenFeatures
-from fastnet.training.phases import Phase
+from fastnet.training.phases import Phase, image_size
 from fastnet.training.placement import image_dtype, place
 from fastnet.training.state import TrainState
+
+AGAIN = 200  # steps
 
 
 class Inputs:
@@ -50,7 +55,9 @@ class Inputs:
         self.share = max(1, config.batch_size // runtime.world_size // config.parts)
         self.val = self.open_val(self.division.val, self.division.val_images)
         self.images: TrainStream | DeviceTrainStream | None = None
+        self.images_spec: InputSpec | None = None
         self.batches: Streamed | Resident | None = None
+        self.features: FrozenFeatures | None = None
 
     def open_val(self, split: Split, only: NDArray[np.int64] | None = None) -> EvalStream | DeviceEvalStream:
         """This rank's share of a split, as validation takes it."""
@@ -65,33 +72,60 @@ class Inputs:
         if self.caches(phase):
             return self.open_features(network, state)
         with self.runtime.agree():
-            return self.open_images(state), self.val
+            return self.open_images(phase, state), self.val
 
-    def open_images(self, state: TrainState) -> Streamed | Resident:
-        """Training images, from where the run is; the stream goes on from phase to phase."""
-        if self.images is None or self.batches is None:
-            self.images = train_stream(
-                self.division.train,
-                self.spec,
-                self.config.augment,
-                batch_size=self.config.batch_size,
-                accumulate=self.config.parts,
-                seed=self.config.seed,
-                epoch=state.epoch,
-                step=state.step_in_epoch,
-                rank=self.runtime.rank,
-                world_size=self.runtime.world_size,
-                only=self.division.train_images,
-            )
+    def open_images(self, phase: Phase, state: TrainState) -> Streamed | Resident:
+        """Training images, from where the run is; the stream goes on from phase to phase, until their size changes."""
+        spec = replace(self.spec, image_size=image_size(phase, state.phase_epoch))
+        if self.batches is None or spec != self.images_spec:
+            self.close_images()  # first: with --decode device the memory may not hold the set twice
+            self.images, self.images_spec = self._open(spec, state.epoch, state.step_in_epoch), spec
             if isinstance(self.images, DeviceTrainStream):
                 self.batches = Resident(self.images)
             else:
                 self.batches = self._streamed(self.images)
         return self.batches
 
+    def _open(self, spec: InputSpec, epoch: int, step: int) -> TrainStream | DeviceTrainStream:
+        return train_stream(
+            self.division.train,
+            spec,
+            self.config.augment,
+            batch_size=self.config.batch_size,
+            accumulate=self.config.parts,
+            seed=self.config.seed,
+            epoch=epoch,
+            step=step,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            only=self.division.train_images,
+        )
+
+    def once_more(self, phase: Phase, epoch: int, title: str) -> Iterator[Any]:
+        """The images of an epoch as training draws them, at --image-size, or their kept features: the micro-batches of
+        its first `AGAIN` steps at most. The stream that trains stays where it is. Collective."""
+        count = min(self.steps_per_epoch, AGAIN) * self.config.parts
+        stream: Stream
+        with contextlib.ExitStack() as stack:
+            if self.features and self.caches(phase):
+                stream = FeatureTrainStream(
+                    self.features, self.runtime.amp or torch.float32, epoch=epoch, step=0
+                )
+            else:
+                device = self.runtime.device
+                # Not into the GPU's memory, where the set may lie already.
+                decode = resolve_decode("auto", device) if self.spec.decode == "device" else self.spec.decode
+                spec = replace(self.spec, decode=decode, dtype=image_dtype(decode, self.runtime))
+                with self.runtime.agree():
+                    stream = stack.enter_context(closing(self._open(spec, epoch, 0)))
+            for _ in track(title, range(count), count, "batches"):
+                yield next(stream).x
+
     def open_features(self, network: Network, state: TrainState) -> tuple[Streamed, Any]:
         """Training and validation batches of kept features, which are computed where they are missing. Collective."""
-        features = FrozenFeatures(self.config, self.data, self.division, network, self.runtime)
+        features = self.features = FrozenFeatures(
+            self.config, self.data, self.division, network, self.runtime
+        )
         features.prepare(self.threads)
         dtype = self.runtime.amp or torch.float32
         stream = FeatureTrainStream(features, dtype, epoch=state.epoch, step=state.step_in_epoch)
@@ -104,5 +138,9 @@ class Inputs:
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self.val.close)
-            if self.images is not None:
-                stack.callback(self.images.close)
+            stack.callback(self.close_images)
+
+    def close_images(self) -> None:
+        if self.images is not None:
+            self.images.close()
+        self.images = self.images_spec = self.batches = None

@@ -12,7 +12,9 @@ import torch
 from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.input.device import DeviceTrainStream
+from fastnet.input.device import DeviceTrainStream, launch_kernel
+from fastnet.training.phases import plan
+from fastnet.training.placement import image_dtype
 from fastnet_kernels import Stage, warmup
 
 
@@ -54,7 +56,8 @@ def compile_kernels(config: Config, runtime: Runtime, backend: str, stream: Any)
             if backend == "triton":
                 warmup.launch_lstms(stages, dtype, runtime.device, share, needs_dx=config.epochs > 0)
             if isinstance(stream, DeviceTrainStream):
-                stream.make(0)
+                for size in sorted({size for phase in plan(config) for size in phase.sizes}):
+                    launch_kernel(size, image_dtype("device", runtime), runtime.device)
     except warmup.CannotCompile as error:
         cures = "--backend torch and --decode gpu or raw do without"
         raise InputError(f"Triton cannot compile its kernels here: {error}; {cures}") from error

@@ -16,7 +16,8 @@ from fastnet.training.state import TrainState
 @dataclass(frozen=True)
 class Phase:
     """A part of training. It ends after `epochs`, or before that after `plateau` epochs in a row in which top-1 has not
-    risen by more than `plateau_delta`; with a `plateau` of 0 it never ends early.
+    risen by more than `plateau_delta`; with a `plateau` of 0 it never ends early. `sizes` are those of its training
+    images in pixels, in the order of the epochs: see `image_size`.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Phase:
     peak_lr: float
     plateau: int
     plateau_delta: float
+    sizes: tuple[int, ...]
 
 
 def plan(config: Config) -> list[Phase]:
@@ -41,11 +43,29 @@ def plan(config: Config) -> list[Phase]:
                 peak_lr=config.head_lr,
                 plateau=config.plateau,
                 plateau_delta=config.plateau_delta,
+                sizes=(config.image_size,),
             )
         )
     if config.epochs:
-        phases.append(Phase("full", config.freeze, config.epochs, config.optimizer, config.lr, 0, 0.0))
+        sizes = tuple(range(config.start_size or config.image_size, config.image_size + 1, 32))
+        phases.append(Phase("full", config.freeze, config.epochs, config.optimizer, config.lr, 0, 0.0, sizes))
     return phases
+
+
+def image_size(phase: Phase, epoch: int) -> int:
+    """Height and width of the training images in an epoch of the phase, from 0.
+
+    The sizes below the largest divide the first two thirds of the epochs (rounded down) among them.
+    """
+    growing = 2 * phase.epochs // 3
+    return phase.sizes[epoch * (len(phase.sizes) - 1) // growing] if epoch < growing else phase.sizes[-1]
+
+
+def averaged_before(phases: list[Phase], position: TrainState, last: int) -> int:
+    """How many of the `last` epochs of a run were over before the one under way; negative before these."""
+    if position.phase < len(phases) - 1:
+        return -1
+    return position.phase_epoch - (phases[-1].epochs - last)
 
 
 def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:

@@ -12,9 +12,9 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.metrics import Counter
 from fastnet.network.network import Network
-from fastnet.training import checkpoint
 from fastnet.training.batches import Resident, Streamed
 from fastnet.training.capture import CapturedStep, capture
+from fastnet.training.checkpoint import Updates, restore
 from fastnet.training.ema import MovingAverage
 from fastnet.training.mixing import Mixer
 from fastnet.training.parallel import data_parallel
@@ -23,7 +23,8 @@ from fastnet.training.step import TrainStep
 
 
 class RunningPhase:
-    """Readies `network` for the phase. `saved`, read from `path`, is a checkpoint of this phase to continue from.
+    """Readies a step of the phase on images of `config.image_size`. `begun` is what to continue with where the phase
+    has begun: from the checkpoint `path`, or from steps on images of another size.
 
     Collective, as all its methods are.
     """
@@ -37,7 +38,7 @@ class RunningPhase:
         average: MovingAverage | None,
         batches: Streamed | Resident,
         counter: Counter,
-        saved: checkpoint.Checkpoint | None,
+        begun: Updates | None,
         path: Path,
     ) -> None:
         self.phase, self.config, self.runtime, self.network, self.average = (
@@ -47,22 +48,22 @@ class RunningPhase:
             network,
             average,
         )
-        self.batches, self.counter, self.saved, self.path = batches, counter, saved, path
+        self.batches, self.counter, self.begun, self.path = batches, counter, begun, path
         self.mixer = Mixer(config, runtime) if config.mixup or config.cutmix else None
         self.graph: CapturedStep | None = None
         self.plain = self.plain_step()
         self.launch: Callable[[], None] = self.plain
 
     def plain_step(self) -> TrainStep:
-        """The step, with an optimiser and a loss scaler as the checkpoint has them, or new ones."""
+        """The step, with an optimiser and a loss scaler as they were, or new ones."""
         config, runtime = self.config, self.runtime
         with runtime.agree():
             self.optimizer = make_optimizer(self.phase, self.network, config)
         model = data_parallel(self.network, runtime, compiled=config.compile)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp is torch.float16)
-        if self.saved:
+        if self.begun:
             with runtime.agree():
-                checkpoint.restore(self.optimizer, self.scaler, self.path, self.saved)
+                restore(self.optimizer, self.scaler, self.path, self.begun)
         parts = (self.optimizer, self.scaler, self.counter, self.batches, self.average, self.mixer)
         return TrainStep(config, runtime, model, *parts)
 
@@ -84,7 +85,13 @@ class RunningPhase:
         self.plain.prepare(number, rate)
         self.launch()
 
+    def updates(self) -> Updates:
+        """What a checkpoint keeps of the phase, or the same phase goes on with."""
+        return Updates(self.optimizer.state_dict(), self.scaler.state_dict())
+
     def close(self) -> None:
-        """Frees what a captured step holds, the ranks' communicator among it."""
+        """Frees what a captured step holds, the ranks' communicator among it, and what was compiled."""
         if self.graph:
             self.graph.close()
+        if self.config.compile:  # dynamo keeps a few versions of a function, and fails where more are needed
+            torch.compiler.reset()

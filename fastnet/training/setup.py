@@ -75,14 +75,14 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
     if share == 1 < fewest_images(config):
         raise InputError(
             f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which "
-            f"{config.read_stages[-1]} has a single value ({config.image_size} px), too few for batch norm; use a "
-            "larger batch, fewer ranks or parts, or larger images"
+            f"{config.read_stages[-1]} has a single value ({config.start_size or config.image_size} px), too few for "
+            "batch norm; use a larger batch, fewer ranks or parts, or larger images"
         )
 
 
 def fewest_images(config: Config) -> int:
     """How many images a micro-batch must have: batch norm takes no single value, which the last stage may have."""
-    side = config.image_size // config.stride(config.read_stages[-1])
+    side = (config.start_size or config.image_size) // config.stride(config.read_stages[-1])
     return 2 if config.epochs and side == 1 else 1
 
 

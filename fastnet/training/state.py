@@ -30,3 +30,8 @@ class TrainState:
     logged: Annotated[list[Count], msgspec.Meta(max_length=5)] = field(default_factory=list)
     metrics_bytes: Count = 0
     done: bool = False
+
+    @property
+    def in_phase(self) -> bool:
+        """Whether a step of the phase has been made; between two phases there is no optimiser to keep."""
+        return self.phase_epoch + self.step_in_epoch > 0

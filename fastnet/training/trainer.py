@@ -25,13 +25,13 @@ from fastnet.progress import Progress, track
 from fastnet.training import checkpoint
 from fastnet.training.accumulation import choose_parts
 from fastnet.training.capture import own_stream
-from fastnet.training.ema import MovingAverage
-from fastnet.training.evaluation import check_weights, evaluate, evaluate_saved
+from fastnet.training.evaluated import Evaluated
+from fastnet.training.evaluation import check_weights, evaluate_saved, validate
 from fastnet.training.inputs import Inputs
 from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import share_weights
-from fastnet.training.phases import finish_epoch, learning_rate, plan
+from fastnet.training.phases import averaged_before, finish_epoch, image_size, learning_rate, plan
 from fastnet.training.records import Recorder, add_to_session, as_record, outcome, write_manifest
 from fastnet.training.running import RunningPhase
 from fastnet.training.setup import check_sizes, choices
@@ -51,12 +51,10 @@ class Trainer:
         check_sizes(config, runtime)
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
-        self.average: MovingAverage | None = None
         self.phases = plan(config)
         self.state = TrainState()
         self.saved: checkpoint.Checkpoint | None = None
         self.running: RunningPhase | None = None
-        self.begun: int | None = None  # index of the phase that is running
         self.counter = Counter(runtime.device)
         self.stopwatch = Stopwatch(runtime.device)
 
@@ -74,6 +72,7 @@ class Trainer:
                 if not self.train_epoch():
                     return self.stop()
                 trained = self.epoch_record()
+                self.average_epochs()
                 scores = self.evaluate()
                 self.end_epoch(trained, scores)
                 if self.state.step == self.config.max_steps:
@@ -103,35 +102,33 @@ class Trainer:
                     self.say(note)
         self.network.to(self.runtime.device)
         share_weights(self.network, self.runtime)
-        if self.config.ema:
-            self.average = MovingAverage(self.network, self.config.ema)
-            if self.saved and self.saved.average:
-                checkpoint.load_model(self.average.network, self.run_dir / "last.pt", self.saved.average)
+        self.evaluated = Evaluated(self.network, self.config)
+        if self.saved and self.saved.average:
+            average = self.evaluated.started().network
+            checkpoint.load_model(average, self.run_dir / "last.pt", self.saved.average)
 
     def begin_phase(self) -> None:
-        """Freezes what the phase freezes and readies its training step, unless it is under way already."""
-        if self.running and self.begun == self.state.phase:
-            return
+        """Freezes what the phase freezes and readies its training step, unless there is one for the phase and for the
+        size that its images have now."""
+        self.phase = self.phases[self.state.phase]
+        config = replace(self.config, image_size=image_size(self.phase, self.state.phase_epoch))
+        begun = None
+        if self.running:
+            if (self.running.phase, self.running.config) == (self.phase, config):
+                return
+            if self.state.in_phase:
+                begun = self.running.updates()
+        elif self.saved and self.state.in_phase:
+            begun = self.saved.updates
+            if self.runtime.is_main:
+                # The totals are sums over the ranks, so one of them carries what was there.
+                self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
         self.close_phase()
-        self.begun, self.phase = self.state.phase, self.phases[self.state.phase]
-        self.network.freeze(self.phase.frozen)
+        self.evaluated.freeze(self.phase.frozen)
         self.network.train()
         batches, self.val_stream = self.inputs.open(self.phase, self.network, self.state)
-        saved = self.saved if self.state.phase_epoch + self.state.step_in_epoch > 0 else None
-        self.running = RunningPhase(
-            self.phase,
-            self.config,
-            self.runtime,
-            self.network,
-            self.average,
-            batches,
-            self.counter,
-            saved,
-            self.run_dir / "last.pt",
-        )
-        if saved and self.runtime.is_main:
-            # The totals are sums over the ranks, so one of them carries what was there.
-            self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
+        parts = (self.network, self.evaluated.moving, batches, self.counter, begun, self.run_dir / "last.pt")
+        self.running = RunningPhase(self.phase, config, self.runtime, *parts)
         if self.graphs != "off":
             outcome = self.running.capture()
             self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
@@ -174,30 +171,25 @@ class Trainer:
         self.state.step_in_epoch += 1
         self.state.step += 1
 
+    def average_epochs(self) -> None:
+        """At the end of each of the --average-last epochs: takes the weights into their average."""
+        before = averaged_before(self.phases, self.state, self.config.average_last)
+        if before >= 0 and self.state.step_in_epoch == self.inputs.steps_per_epoch:
+            images = self.inputs.once_more(self.phase, self.state.epoch, f"{self.title}: batch norms")
+            self.evaluated.add_epoch(before, images, self.runtime)
+
     def evaluate(self) -> Totals:
         """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights, or with
-        their moving average where there is one."""
-        network = self.evaluated
-        share_weights(network, self.runtime)
+        their average where there is one."""
         batches = track(f"{self.title}: validation", self.val_stream, len(self.val_stream), "batches")
-        totals = evaluate(network, batches, self.runtime)
-        if totals.not_finite:
-            raise InputError(
-                f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
-            )
-        return totals
-
-    @property
-    def evaluated(self) -> Network:
-        """The network that validates and is what a run results in."""
-        return self.average.network if self.average else self.network
+        return validate(self.evaluated.network, batches, self.runtime)
 
     def look_at_val(self) -> None:
         """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
         best = self.run_dir / "best.pt"
         with closing(self.inputs.open_val(self.data.splits["val"])) as stream:
             val = evaluate_saved(
-                self.evaluated, best, track("val", stream, len(stream), "batches"), self.runtime
+                self.evaluated.network, best, track("val", stream, len(stream), "batches"), self.runtime
             )
         self.record("final", step=self.state.step, **as_record(val))
 
@@ -222,18 +214,18 @@ class Trainer:
         self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
         check_weights(self.network, self.state.step)
         assert self.running
-        # Between two phases there is no optimiser to keep.
-        under_way = self.state.phase_epoch + self.state.step_in_epoch > 0
+        optimizer, scaler = self.running.updates()
+        average = self.evaluated.average
         content = {
             "config": self.config.to_json(),
             "model": self.network.state_dict(),
-            "optimizer": self.running.optimizer.state_dict() if under_way else None,
-            "scaler": self.running.scaler.state_dict(),
+            "optimizer": optimizer if self.state.in_phase else None,
+            "scaler": scaler,
             "position": asdict(self.state),
             "data_hash": self.data.hash,
             "classes": self.data.classes,
             "words": self.data.words,
-            "average": self.average.network.state_dict() if self.average else None,
+            "average": average.network.state_dict() if average else None,
         }
         with self.runtime.agree():
             if self.runtime.is_main:
@@ -259,7 +251,9 @@ class Trainer:
         self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(own_stream(runtime.device))
-            chosen |= choose_parts(config, self.saved, self.data, self.network, self.average, runtime, chosen)
+            chosen |= choose_parts(
+                config, self.saved, self.data, self.network, self.evaluated.moving, runtime, chosen
+            )
             config = self.config = replace(config, accumulate=chosen["accumulate"])
             stack.callback(self.close_phase)
             with runtime.agree():
@@ -267,7 +261,7 @@ class Trainer:
                 self.inputs = Inputs(config, self.data, runtime, chosen, self.stopwatch.waited)
                 stack.callback(self.inputs.close)
                 if not self.state.done and not self.inputs.caches(self.phases[self.state.phase]):
-                    self.inputs.open_images(self.state)
+                    self.inputs.open_images(self.phases[self.state.phase], self.state)
             with runtime.agree():
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
@@ -305,7 +299,8 @@ class Trainer:
         """What an epoch's line of metrics.jsonl says of training."""
         totals = self.summed_totals()
         speed = self.stopwatch.summary(self.config.batch_size)
-        return {**self.training_record(totals), "train_count": totals.images, **speed}
+        size = image_size(self.phase, self.state.phase_epoch)
+        return {**self.training_record(totals), "train_count": totals.images, "image_size": size, **speed}
 
     def training_record(self, totals: Totals) -> dict[str, Any]:
         where = {"phase": self.phase.name, "epoch": self.state.epoch, "step": self.state.step}

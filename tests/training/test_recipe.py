@@ -41,8 +41,8 @@ def test_the_moving_average_is_the_sum_it_is_defined_by(tiny_set: Path, tmp_path
             made.train_step()
             share = 1 - min(decay, (1 + step) / (10 + step))
             expected += share * (made.network.state_dict()[name].double() - expected)
-    assert made.average is not None
-    average = made.average.network.state_dict()[name].double()
+    assert made.evaluated.average is not None
+    average = made.evaluated.average.network.state_dict()[name].double()
     # A difference, a product and a sum a step, each rounded once.
     eps = torch.finfo(torch.float32).eps
     assert (average - expected).norm() <= 3 * steps * eps * expected.norm()

@@ -64,7 +64,7 @@ def test_nothing_is_left_of_a_trial(tiny_set: Path, tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"ema": 0.9, "mixup": 0.2, "optimizer": "adamw"}
     settings = {**SMALL, **recipe, "accumulate": 8, "decode": "gpu"}
     with tiny_trainer("linear", "cuda:0", torch.float16, tiny_set, tmp_path, **settings) as trainer:
-        network, average = trainer.network, trainer.average
+        network, average = trainer.network, trainer.evaluated.moving
         assert average
         chosen = {"lstm_backend": "none", "cuda_graph": "on"}
         trial = Trial(trainer.config, trainer.data, network, average, trainer.runtime, chosen)

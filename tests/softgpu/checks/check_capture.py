@@ -12,10 +12,11 @@ from torch import Tensor
 
 import softgpu
 from fastnet.errors import InputError
+from fastnet.input.device import DeviceTrainStream, train_stream
 from fastnet.metrics import Counter
-from fastnet.training import capture, step, trainer
+from fastnet.training import capture, inputs, step, trainer
 from fastnet.training.batches import Copied
-from fastnet.training.capture import CapturedStep
+from fastnet.training.capture import REHEARSAL_SCALE, CapturedStep
 from fastnet.training.trainer import Trainer
 from tests.softgpu.trainers import begin, tiny_trainer
 
@@ -33,8 +34,8 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
             for _ in range(STEPS):
                 made.train_step()
             ends.append({**made.network.state_dict(), "counter": made.counter.sums})
-            if made.average:
-                average = made.average.network.state_dict()
+            if made.evaluated.average:
+                average = made.evaluated.average.network.state_dict()
                 ends[-1] |= {f"average {name}": tensor for name, tensor in average.items()}
             ends[-1] = {name: tensor.clone() for name, tensor in ends[-1].items()}
         session = json.loads((made.run_dir / "manifest.json").read_text())["sessions"][-1]
@@ -61,6 +62,48 @@ def test_replays_train_as_plain_steps(
         assert not different
     for phase in ("head", "full"):
         assert session[f"cuda_graph_{phase}"] == "on, bit for bit as plain steps"
+
+
+@pytest.mark.parametrize("decode", ["gpu", pytest.param("device", id="executed")])
+def test_replays_train_as_plain_steps_where_images_grow(
+    decode: str, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optimiser, loss scale and moving average go on, into another graph; the decoded set is never there twice."""
+    sizes: list[int] = []
+    opened: list[DeviceTrainStream] = []
+
+    def noted(*given: Any, **options: Any) -> Any:
+        assert all(stream._images is None for stream in opened)
+        stream = train_stream(*given, **options)
+        sizes.append(given[1].image_size)
+        opened.extend([stream] if isinstance(stream, DeviceTrainStream) else [])
+        return stream
+
+    monkeypatch.setattr(inputs, "train_stream", noted)
+    monkeypatch.setattr(capture, "COMPARED", 1)  # what is executed takes its time
+    ends, outcomes = [], []
+    given: dict[str, Any] = {"decode": decode, "epochs": 2, "start_size": 32, "image_size": 64, "ema": 0.9}
+    for graph in ("off", "on"):
+        with tiny_trainer(
+            "baseline", "cuda", torch.float16, tiny_set, tmp_path / graph, cuda_graph=graph, **given
+        ) as made:
+            scaler = begin(made, 1).scaler
+            scaler.load_state_dict({**scaler.state_dict(), "scale": REHEARSAL_SCALE})
+            for epoch in range(2):
+                made.state.epoch = made.state.phase_epoch = epoch
+                made.state.step_in_epoch = 0
+                made.begin_phase()
+                made.train_step()
+                outcomes.append(json.loads((made.run_dir / "manifest.json").read_text())["sessions"][-1])
+            assert made.running and made.evaluated.average
+            assert made.running.scaler.get_scale() == REHEARSAL_SCALE
+            tensors = made.network.state_dict()
+            average = made.evaluated.average.network.state_dict()
+            tensors |= {f"average {name}": tensor for name, tensor in average.items()}
+            ends.append({name: tensor.clone() for name, tensor in tensors.items()})
+    assert not [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
+    assert sizes == [64, 32, 64] * 2
+    assert [session["cuda_graph_full"] for session in outcomes[2:]] == ["on, bit for bit as plain steps"] * 2
 
 
 class Waiting(Counter):
