@@ -36,6 +36,8 @@ def test_one_value_is_too_few_for_batch_norm() -> None:
     with pytest.raises(InputError, match="--batch-size 8"):
         check_sizes(replace(config, accumulate=8), Runtime(torch.device("cpu")))
     check_sizes(replace(config, image_size=64), Runtime(torch.device("cpu"), world_size=8))
+    with pytest.raises(InputError, match=r"conv5 has a single value \(32 px\)"):
+        check_sizes(replace(config, image_size=64, start_size=32), Runtime(torch.device("cpu"), world_size=8))
     frozen = replace(config, head_epochs=1, epochs=0)
     check_sizes(frozen, Runtime(torch.device("cpu"), world_size=8))
     for network in ("linear", "lstm"):
