@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.long
-def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["tiny", "--data", str(tiny_set)]
     accuracy.main(command)
     rows = harness.read_csv(folder / "accuracy-tiny.csv")
@@ -48,7 +48,7 @@ def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capsys: pytest.C
     assert all(0 <= float(row["top1"]) <= float(row["top5"]) <= 1 and row["images"] == "10" for row in rows)
     assert rows[1]["flags"].endswith("--weights baseline/last.pt")
     assert (folder / "accuracy-tiny.png").stat().st_size > 10_000
-    assert "| average of baseline and lstm |" in capsys.readouterr().out
+    assert "| average of baseline and lstm |" in capfd.readouterr().out
 
     accuracy.main(command)  # nothing is left to train
     assert harness.read_csv(folder / "accuracy-tiny.csv")[0]["hours"] == rows[0]["hours"]
