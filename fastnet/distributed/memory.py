@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +19,22 @@ SIGNS = (
     "CUDA allocation failed",
     "std::bad_alloc",
 )
+
+# What glibc's mallopt calls these settings (malloc.h), and the most that it takes for each.
+M_TRIM_THRESHOLD, MOST_KEPT = -1, 2**31 - 1
+M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 2**30
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of large tensors that were freed, for the next ones.
+
+    By default it gives it back to the kernel, which clears it page by page when the next step asks for it again. Does
+    nothing with another C library.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.lock import RunLock
+from fastnet.distributed.memory import keep_freed_memory
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
@@ -248,6 +249,8 @@ class Trainer:
         with runtime.agree():
             chosen = choices(config, runtime)
         torch.set_num_threads(chosen["threads"])
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         self.graphs = chosen["cuda_graph"]
         with contextlib.ExitStack() as stack:
             stack.enter_context(own_stream(runtime.device))
