@@ -5,6 +5,7 @@ Shapes: B images of a micro-batch, S image size.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
@@ -107,6 +108,7 @@ class Trial:
     def fits(self, parts: int, *, last: bool) -> tuple[bool, str]:
         """Whether the share fits in so many parts, and what they take. The `last` ones have to."""
         config = replace(self.config, accumulate=parts)
+        taken: int | None
         try:
             if self.backend == "triton":
                 compile_kernels(config, self.alone, self.backend, None)
@@ -117,9 +119,11 @@ class Trial:
         except RuntimeError as error:
             if last or not is_of_memory(error):
                 raise
+            taken = None
+        gc.collect()  # steps that broke off may be in cycles with their error
+        torch.cuda.empty_cache()
+        if taken is None:
             return False, ""
-        finally:
-            torch.cuda.empty_cache()
         # Asked afterwards: by now CUDA has loaded the kernels, which take memory too.
         free = torch.cuda.mem_get_info(self.device)[0]
         torch.cuda.reset_peak_memory_stats(self.device)
