@@ -94,10 +94,13 @@ def test_it_is_what_is_evaluated_and_leaves_training_alone(
 
 
 @pytest.mark.slow
-def test_frozen_batch_norms_keep_theirs_and_others_see_kept_features(tiny_set: Path, tmp_path: Path) -> None:
+def test_frozen_batch_norms_keep_theirs_and_others_see_kept_features(
+    whole: Path, tiny_set: Path, tmp_path: Path
+) -> None:
     """Kept features are rounded to float16, which conv5's statistics see."""
     own = shutil.copytree(tiny_set, tmp_path / "set")
     flags = [*BASELINE, "--epochs", "1", "--freeze", "conv4", "--average-last", "1", "--lr", "1e-4"]
+    flags += ["--weights", str(whole / "last.pt")]
     found = []
     for name, draws in (("images", "0"), ("kept", "1")):
         run_here(own, tmp_path / name, *flags, "--cache-features", draws)
