@@ -24,6 +24,7 @@ from fastnet.config import Config, paper
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.training.capture import CapturedStep
+from fastnet.training.evaluated import Evaluated
 from fastnet.training.step import TrainStep
 from fastnet.training.trainer import Trainer
 
@@ -92,6 +93,7 @@ def _stepping(
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         trainer = Trainer(config, data, Path(folder), runtime)
         trainer.network.to(runtime.device)
+        trainer.evaluated = Evaluated(trainer.network, config)
         trainer.state.phase = [p.name for p in trainer.phases].index(phase)
         stack.enter_context(trainer.resources())
         trainer.begin_phase()

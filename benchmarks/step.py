@@ -3,9 +3,10 @@
     python -m benchmarks.step [--quick] [--data SET]
 
 For both networks in both phases, these take turns: steps of a real epoch; the same steps on one resident batch, which
-is the limit; the network written plainly (a DataLoader over PIL images, NCHW, float32, an nn.LSTM per group, gradients
-for all parameters); and for the baseline the steps of torchvision's and timm's training scripts. Then it says where the
-time of an epoch's step goes, from a trace of torch.profiler, and measures weak scaling over ranks with train.py itself.
+is the limit; with frozen convolutions, steps on their kept outputs; the network written plainly (a DataLoader over PIL
+images, NCHW, float32, an nn.LSTM per group, gradients for all parameters); and for the baseline the steps of
+torchvision's and timm's training scripts. Then it says where the time of an epoch's step goes, from a trace of
+torch.profiler, and measures weak scaling over ranks with train.py itself.
 On a GPU it says what a step asks of the host, plain, compiled and as a CUDA graph; on softgpu that is all it can say:
 
     python -m softgpu --operators null --triton null -m benchmarks.step
@@ -39,15 +40,20 @@ from fastnet import train
 from fastnet.cli import run_command
 from fastnet.config import Config, paper
 from fastnet.data.default import default_set
+from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, single_process
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
+from fastnet.network.network import Network
 from fastnet.training.batches import Streamed
+from fastnet.training.evaluated import Evaluated
+from fastnet.training.features import FeatureTrainStream, FrozenFeatures
 from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
+KEPT, KEPT_BATCHES = "fastnet, kept features", 16
 KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
 
 
@@ -77,6 +83,7 @@ def make_trainer(config: Config, phase: str, data: PreparedSet, stream: Any, run
     """A trainer at the start of `phase`, whose `train_step` takes its batches from `stream`. It writes no files."""
     trainer = Trainer(config, data, Path("runs") / "benchmarks", runtime)
     trainer.network.to(runtime.device)
+    trainer.evaluated = Evaluated(trainer.network, config)
     trainer.state.phase = [p.name for p in trainer.phases].index(phase)
     inputs: Any = OneStream(stream, runtime.device)
     trainer.inputs, trainer.graphs = inputs, "off"
@@ -137,6 +144,11 @@ def measure(
             EPOCH: in_turn(trainer.train_step, lambda: next(stream), PREFETCH, steps),
             LIMIT: in_turn(limit.train_step, lambda: None, 0, steps),
         }
+        if case["phase"] == "head":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
+            features = KeptFeatures(config, data, runtime, folder, threads)
+            on_features = make_trainer(config, case["phase"], data, features, runtime)
+            ready[KEPT] = in_turn(on_features.train_step, lambda: None, 0, steps)
         if case["phase"] == "full":
             optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
             batches = stack.enter_context(
@@ -161,22 +173,51 @@ def measure(
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
 
 
+class KeptFeatures(FeatureTrainStream):
+    """Batches of what the frozen convolutions of `config` give for `KEPT_BATCHES` batches of images.
+
+    They are kept in `folder` and read through the page cache, as those of a whole set are where memory holds them.
+    """
+
+    def __init__(
+        self, config: Config, data: PreparedSet, runtime: Runtime, folder: Path, threads: int
+    ) -> None:
+        images = np.arange(min(KEPT_BATCHES * config.batch_size, len(data.splits["train"])))
+        division = replace(divide(data, 0.0), train_images=images, val_images=images[:1])
+        network = Network(config, len(data.classes)).to(runtime.device)
+        network.freeze(config.head_freeze)
+        features = FrozenFeatures(replace(config, cache_features=1), data, division, network, runtime)
+        features.folder = folder
+        features.prepare(threads)
+        self.steps_per_epoch = len(images) // config.batch_size
+        super().__init__(features, runtime.amp or torch.float32, epoch=0, step=0)
+
+
 def _take_step(step: Step, batches: Callable[[], Any]) -> None:
     step(*batches())
 
 
-def frozen_over_full(table: Table) -> None:
-    """How many times as fast the frozen phase is, by the medians of the epochs' steps."""
+def paces(table: Table) -> None:
+    """How many times as fast a frozen phase is as full training, and kept features as computed ones, by the medians."""
     pace = {
-        (row["network"], row["image_size"], row["phase"]): (float(row["p50"]), row)
+        (row["network"], row["image_size"], row["phase"], row["provider"]): (float(row["p50"]), row)
         for row in table.rows
-        if row["provider"] == EPOCH and row["quantity"] == "step"
+        if row["quantity"] == "step"
     }
-    for (network, size, phase), (rate, row) in pace.items():
-        if phase == "head" and (network, size, "full") in pace:
-            times = rate / pace[network, size, "full"][0]
-            case = {key: row[key] for key in ("network", "phase", "image_size", "batch", "threads", "device")}
-            table.add(case, EPOCH, "frozen over full", "times", [times])
+    frozen, kept, full = ("head", EPOCH), ("head", KEPT), ("full", EPOCH)
+    ratios = {
+        "frozen over full": (frozen, full),
+        "kept over full": (kept, full),
+        "kept over frozen": (kept, frozen),
+    }
+    for network, size in dict.fromkeys(case[:2] for case in pace):
+        for name, (one, other) in ratios.items():
+            if (network, size, *one) in pace and (network, size, *other) in pace:
+                rate, row = pace[(network, size, *one)]
+                case = {
+                    key: row[key] for key in ("network", "phase", "image_size", "batch", "threads", "device")
+                }
+                table.add(case, row["provider"], name, "times", [rate / pace[(network, size, *other)][0]])
 
 
 def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
@@ -259,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
     if runtime.device.type == "cuda":
         host_costs(table, data, runtime.device, quick=args.quick, threads=args.threads)
-    frozen_over_full(table)
+    paces(table)
     scaling(table, data, quick=args.quick, threads=args.threads)
     harness.mark_ratios(table.rows, LIMIT, KEYS)
     table.write()

@@ -57,3 +57,23 @@ def test_float32_on_a_gpu_is_held_to_tf32() -> None:
     assert plain.rounding(torch.float32, gpu) == 2.0**-10
     assert plain.rounding(torch.float32, CPU) == 2.0**-23
     assert plain.rounding(torch.bfloat16, gpu) == 2.0**-7
+
+
+@pytest.mark.slow
+def test_steps_on_kept_features(tiny_set: Path, tmp_path: Path) -> None:
+    """A frozen phase is timed on images and on kept features, and compared with full training."""
+    data, table = open_set(tiny_set), harness.Table("step", quick=True)
+    source = pipeline.Source(data.splits["train"], tmp_path / "train", 8)
+    for phase in ("head", "full"):
+        case = {"network": "lstm", "phase": phase, "image_size": 32, "batch": 8, "threads": 1, "device": "cpu"}
+        step.measure(table, data, source, case, Runtime(CPU), seconds=0)
+    step.paces(table)
+    pace = {
+        (row["phase"], row["provider"]): float(row["p50"]) for row in table.rows if row["quantity"] == "step"
+    }
+    ratio = {row["quantity"]: float(row["p50"]) for row in table.rows if row["unit"] == "times"}
+    kept, full = pace["head", step.KEPT], pace["full", step.EPOCH]
+    assert ratio["kept over full"] == pytest.approx(kept / full, rel=1e-3)
+    assert ratio["kept over frozen"] == pytest.approx(kept / pace["head", step.EPOCH], rel=1e-3)
+    assert set(ratio) == {"frozen over full", "kept over full", "kept over frozen"}
+    assert not (data.path / "features").exists()
