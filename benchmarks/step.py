@@ -210,14 +210,13 @@ def paces(table: Table) -> None:
         "kept over full": (kept, full),
         "kept over frozen": (kept, frozen),
     }
-    for network, size in dict.fromkeys(case[:2] for case in pace):
+    for case in dict.fromkeys(case[:2] for case in pace):
         for name, (one, other) in ratios.items():
-            if (network, size, *one) in pace and (network, size, *other) in pace:
-                rate, row = pace[(network, size, *one)]
-                case = {
-                    key: row[key] for key in ("network", "phase", "image_size", "batch", "threads", "device")
-                }
-                table.add(case, row["provider"], name, "times", [rate / pace[(network, size, *other)][0]])
+            fast, slow = pace.get((*case, *one)), pace.get((*case, *other))
+            if fast and slow:
+                rate, row = fast
+                kept = ("network", "phase", "image_size", "batch", "threads", "device")
+                table.add({key: row[key] for key in kept}, row["provider"], name, "times", [rate / slow[0]])
 
 
 def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
