@@ -210,9 +210,9 @@ def paces(table: Table) -> None:
         "kept over full": (kept, full),
         "kept over frozen": (kept, frozen),
     }
-    for case in dict.fromkeys(case[:2] for case in pace):
+    for network, size in dict.fromkeys(key[:2] for key in pace):
         for name, (one, other) in ratios.items():
-            fast, slow = pace.get((*case, *one)), pace.get((*case, *other))
+            fast, slow = pace.get((network, size, *one)), pace.get((network, size, *other))
             if fast and slow:
                 rate, row = fast
                 kept = ("network", "phase", "image_size", "batch", "threads", "device")
