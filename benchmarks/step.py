@@ -215,8 +215,8 @@ def paces(table: Table) -> None:
             fast, slow = pace.get((network, size, *one)), pace.get((network, size, *other))
             if fast and slow:
                 rate, row = fast
-                kept = ("network", "phase", "image_size", "batch", "threads", "device")
-                table.add({key: row[key] for key in kept}, row["provider"], name, "times", [rate / slow[0]])
+                case = {key: row[key] for key in KEYS if key != "quantity"}
+                table.add(case, row["provider"], name, "times", [rate / slow[0]])
 
 
 def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> None:
