@@ -65,7 +65,14 @@ def test_steps_on_kept_features(tiny_set: Path, tmp_path: Path) -> None:
     data, table = open_set(tiny_set), harness.Table("step", quick=True)
     source = pipeline.Source(data.splits["train"], tmp_path / "train", 8)
     for phase in ("head", "full"):
-        case = {"network": "lstm", "phase": phase, "image_size": 32, "batch": 8, "threads": 1, "device": "cpu"}
+        case = {
+            "network": "lstm",
+            "phase": phase,
+            "image_size": 32,
+            "batch": 8,
+            "threads": 1,
+            "device": "cpu",
+        }
         step.measure(table, data, source, case, Runtime(CPU), seconds=0)
     step.paces(table)
     pace = {
