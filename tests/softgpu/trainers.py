@@ -18,6 +18,14 @@ from fastnet.training.state import TrainState
 from fastnet.training.trainer import Trainer
 
 
+class RoundedImages(Runtime):
+    """On the CPU too, images are as rounded as those that DALI makes for a GPU in half precision."""
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        return torch.float32 if self.amp is None else torch.float16
+
+
 @contextlib.contextmanager
 def tiny_trainer(
     network: str,
@@ -36,7 +44,7 @@ def tiny_trainer(
     """
     tiny = {"image_size": 32, "batch_size": 8, "head_epochs": 1, "epochs": 1, "warmup": 0.0, "threads": 1}
     config = replace(sample(network), backend=backend, **{**tiny, "cuda_graph": "off", **settings})
-    runtime = runtime or Runtime(torch.device(device), amp=amp)
+    runtime = runtime or RoundedImages(torch.device(device), amp=amp)
     trainer = Trainer(config, default_set(data), run_dir / f"{network} {device} {amp}", runtime)
     trainer.resume()
     with trainer.resources():
