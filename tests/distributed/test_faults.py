@@ -35,7 +35,7 @@ def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[su
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_rank_ends_the_other_in_time(
     number: signal.Signals, victim: int, tiny_set: Path, tmp_path: Path

@@ -129,7 +129,7 @@ def test_a_moving_average_is_validated_on_kept_features(tiny_set: Path, tmp_path
     assert run_here(own, tmp_path / "run", *flags)["done"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.xdist_group("ranks")
 def test_statistics_are_over_all_ranks_at_full_size(tiny_set: Path, tmp_path: Path) -> None:
     """Two ranks see the micro-batches that one rank sees with --accumulate 2, and sum in another order. The rate keeps
