@@ -40,8 +40,13 @@ TRANSFER = Experiment(
     "both networks and their average at 64 px, from ImageNet weights of conv1 to conv4",
     f"paper {SMALL} {AVERAGED}",
     (
-        Run("baseline", f"{PARTIAL} --epochs 15 --lr 0.04"),
-        Run("lstm", "--network lstm --weights {start} --head-epochs 2", start="baseline"),
+        Run("baseline", f"{PARTIAL} --epochs 15 --lr 0.04 --mixup 0.2 --cutmix 1"),
+        Run(
+            "lstm",
+            "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 8 "
+            "--optimizer adamw --lr 0.005 --layer-decay 0.3",
+            start="baseline",
+        ),
     ),
     averages=(("baseline", "lstm"),),
     curves=True,
