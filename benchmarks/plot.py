@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.harness import QUICK, RESULTS, read_csv
 from benchmarks.lstm_providers import BASELINE
+from benchmarks.step import KEPT
 
 Row = dict[str, str]
 DECODER = "JPEG decoding alone"
@@ -144,7 +145,8 @@ def draw_pipeline(rows: list[Row]) -> Figure:
 
 def draw_step(rows: list[Row]) -> Figure:
     """Images a second of whole steps, and where an epoch's step spends its time."""
-    steps = [r for r in rows if r["quantity"] == "step"]
+    # Kept features would leave the other bars no height.
+    steps = [r for r in rows if r["quantity"] == "step" and r["provider"] != KEPT]
     label = lambda r: f"{r['network']}\n{'head only' if r['phase'] == 'head' else 'all'}"
     names = list(dict.fromkeys(r["provider"] for r in steps))
     sizes = list(dict.fromkeys(r["image_size"] for r in steps))
