@@ -7,6 +7,9 @@ Shapes: B images, C and D channels in and out, H and W height and width of the i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,18 +43,55 @@ class MatrixConv2d(nn.Conv2d):
 def product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The convolution with padding 1: the nine neighbours of each position side by side, times the weight.
 
-    x: [B, C, H, W] and weight: [D, C, 3, 3], both channels_last -> [B, D, h, w], channels_last.
+    x: [B, C, H, W] and weight: [D, C, 3, 3], both channels_last -> [B, D, h, w], channels_last, in x's type.
     """
-    height, width = output_size(x, stride)
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
-    neighbours = [
-        padded[:, row : row + stride * height : stride, column : column + stride * width : stride]
-        for row in range(3)
-        for column in range(3)
-    ]
-    matrix = torch.cat(neighbours, dim=3).flatten(0, 2)  # [B * h * w, 9 * C]
-    y = F.linear(matrix, weight.permute(0, 2, 3, 1).flatten(1))  # [B * h * w, D]
-    return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+    y: Tensor = _Product.apply(x, weight, stride)
+    return y
+
+
+class _Product(torch.autograd.Function):
+    """Its gradients are two more products. Autograd's own would clear and add nine copies of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        height, width = output_size(x, stride)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # [B, H + 2, W + 2, C]
+        neighbours = [padded[place] for place in _places(height, width, stride)]  # [B, h, w, C] each
+        matrix = torch.cat(neighbours, dim=3).flatten(0, 2)  # [B * h * w, 9 * C]
+        flat = weight.permute(0, 2, 3, 1).flatten(1).to(x.dtype)  # [D, 9 * C]
+        ctx.save_for_backward(matrix, flat)
+        ctx.sizes, ctx.stride, ctx.weight_dtype = x.shape, stride, weight.dtype
+        y = matrix @ flat.T  # [B * h * w, D]
+        return y.view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        matrix, flat = ctx.saved_tensors
+        dy = dy.permute(0, 2, 3, 1)  # [B, h, w, D]
+        rows = dy.flatten(0, 2)  # [B * h * w, D]
+        images, channels, height, width = ctx.sizes
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            parts = (rows @ flat).view(*dy.shape[:3], 9, channels)
+            padded = parts.new_zeros(images, height + 2, width + 2, channels)
+            for n, place in enumerate(_places(dy.shape[1], dy.shape[2], ctx.stride)):
+                padded[place] += parts[..., n, :]
+            dx = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        if ctx.needs_input_grad[1]:
+            dflat = (rows.T @ matrix).to(ctx.weight_dtype)  # [D, 9 * C]
+            dweight = dflat.view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+        return dx, dweight, None
+
+
+def _places(height: int, width: int, stride: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Where the neighbours of the output's positions lie in the padded input, row by row."""
+    for row in range(3):
+        for column in range(3):
+            yield (
+                slice(None),
+                slice(row, row + stride * height, stride),
+                slice(column, column + stride * width, stride),
+            )
 
 
 def output_size(x: Tensor, stride: int) -> tuple[int, int]:
