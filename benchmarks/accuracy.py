@@ -69,7 +69,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, metavar="SET", help="prepared set")
     parser.add_argument("--weights", metavar="FILE", help="weights to start from, as train.py takes them")
     args = parser.parse_args(argv)
-    if args.weights is None and any("{weights}" in run.flags for run in EXPERIMENTS[args.experiment].runs):
+    experiment = EXPERIMENTS[args.experiment]
+    if args.weights is None and any("{weights}" in experiment.flags_of(run) for run in experiment.runs):
         raise InputError(f"--weights: {args.experiment} starts from pretrained weights; name their file")
     return args
 
@@ -99,7 +100,7 @@ def train(
     """Trains a run to its end, from where it was, and returns its directory."""
     run_dir = folder / f"{run.name}-{seed}"
     start = folder / f"{run.start}-{seed}" / "last.pt"
-    flags = shlex.split(f"{experiment.flags} {run.flags}".format(weights=weights, start=start))
+    flags = shlex.split(experiment.flags_of(run).format(weights=weights, start=start))
     words = [*flags, "--data", str(data.path), "--seed", str(seed), "--run-dir", str(run_dir)]
     print(f"{run.name}, seed {seed}: train.py {' '.join(words)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "fastnet.train", *words], stdout=sys.stderr, check=False)
@@ -112,7 +113,7 @@ def row(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dic
     """What a run reached in its last epoch, and in how many hours of training steps."""
     epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
     last = epochs[-1]
-    flags = f"{EXPERIMENTS[name].flags} {run.flags}".strip()
+    flags = EXPERIMENTS[name].flags_of(run)
     return {
         "experiment": name,
         "run": run.name,

@@ -30,6 +30,10 @@ class Experiment:
     classes: int = 0
     curves: bool = False
 
+    def flags_of(self, run: Run) -> str:
+        """All flags of a run, with {weights} and {start}."""
+        return f"{self.flags} {run.flags}".strip()
+
 
 CPU = "--decode raw --precision bf16 --log-every 50"
 SMALL = f"--image-size 64 --batch-size 128 --min-crop 0.35 --weight-decay 0.0005 {CPU}"
@@ -74,14 +78,15 @@ READOUT = Experiment(
 
 VARIANTS = Experiment(
     "the paper's variants on frozen convolutions that were trained as in `transfer`",
-    f"paper {SMALL} --flip-average --plateau 0 --epochs 0 --head-epochs 8 --head-lr 0.005 --cache-features 4",
+    f"paper {SMALL} --flip-average --plateau 0 --epochs 0 --head-epochs 8 --head-lr 0.005 --cache-features 4 "
+    "--weights {weights}",
     (
-        Run("conv4 and conv5, 64", "--network lstm --weights {weights}"),
-        Run("conv4 and conv5, 128", "--network lstm --weights {weights} --seq-len 128"),
-        Run("conv4, 64", "--network lstm --weights {weights} --stages conv4"),
-        Run("conv5, 64", "--network lstm --weights {weights} --stages conv5"),
-        Run("conv3 to conv5, 64", "--network lstm --weights {weights} --stages conv3,conv4,conv5"),
-        Run("linear on conv4 and conv5", "--network linear --weights {weights}"),
+        Run("conv4 and conv5, 64", "--network lstm"),
+        Run("conv4 and conv5, 128", "--network lstm --seq-len 128"),
+        Run("conv4, 64", "--network lstm --stages conv4"),
+        Run("conv5, 64", "--network lstm --stages conv5"),
+        Run("conv3 to conv5, 64", "--network lstm --stages conv3,conv4,conv5"),
+        Run("linear on conv4 and conv5", "--network linear"),
     ),
     seeds=3,
 )

@@ -64,9 +64,10 @@ def test_a_subset_has_every_nth_class(folder: Path, tiny_set: Path) -> None:
     assert part.hash == accuracy.subset(whole, 2).hash
 
 
-def test_pretrained_weights_have_to_be_named(tiny_set: Path) -> None:
-    with pytest.raises(InputError, match="--weights: transfer starts from pretrained weights"):
-        accuracy.parse(["transfer", "--data", str(tiny_set)])
+@pytest.mark.parametrize("name", ["transfer", "readout", "variants", "ablation"])
+def test_pretrained_weights_have_to_be_named(name: str, tiny_set: Path) -> None:
+    with pytest.raises(InputError, match=f"--weights: {name} starts from pretrained weights"):
+        accuracy.parse([name, "--data", str(tiny_set)])
 
 
 @pytest.mark.parametrize("name", accuracy_runs.EXPERIMENTS)
@@ -77,7 +78,7 @@ def test_flags_of_the_experiments_are_flags_of_train(name: str) -> None:
     assert len(set(names)) == len(names)
     for n, run in enumerate(experiment.runs):
         assert run.start in ("", *names[:n])
-        words = f"{experiment.flags} {run.flags}".format(weights="FILE", start="FILE").split()
+        words = experiment.flags_of(run).format(weights="FILE", start="FILE").split()
         given = SettingsParser(prog="train", description="").parse(words)
         config = with_flags(Config(), given)
         assert config.image_size < 224 or config.cache_features, "without a GPU this would take days"
