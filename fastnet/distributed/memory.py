@@ -20,7 +20,7 @@ SIGNS = (
     "std::bad_alloc",
 )
 
-# What glibc's mallopt calls these settings (malloc.h), and the most that it takes for each.
+# Settings of glibc's mallopt (malloc.h) in bytes: how much free memory it keeps, and up to which size it keeps a block.
 M_TRIM_THRESHOLD, MOST_KEPT = -1, 2**31 - 1
 M_MMAP_THRESHOLD, LARGEST_KEPT = -3, 2**30
 
@@ -29,12 +29,12 @@ def keep_freed_memory() -> None:
     """Has glibc keep the memory of large tensors that were freed, for the next ones.
 
     By default it gives it back to the kernel, which clears it page by page when the next step asks for it again. Does
-    nothing with another C library.
+    nothing with another C library, or one that refuses blocks of this size.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    # Without the larger size, setting the other would stop glibc from raising it by itself.
+    if hasattr(libc, "mallopt") and libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT):
         libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
 
 
 @contextlib.contextmanager
