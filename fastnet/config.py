@@ -335,6 +335,10 @@ class Config:
         assert isinstance(self.accumulate, int), "the parts of --accumulate auto are not known yet"
         return self.accumulate
 
+    def micro_batch(self, ranks: int) -> int:
+        """Images that each of so many ranks computes at once, at least 1."""
+        return max(1, self.batch_size // ranks // self.parts)
+
     @property
     def profile_window(self) -> tuple[int, int] | None:
         """The numbers of steps done before and after the part that is profiled; None without --profile-steps."""

@@ -58,6 +58,13 @@ def used(split: Split, only: NDArray[np.int64] | None) -> NDArray[np.int64]:
     return np.arange(len(split)) if only is None else only
 
 
+def input_names(augment: Augment | None, split: Split, spec: InputSpec) -> tuple[str, ...]:
+    """What each image is given beside its pixels in training, or in validation (None)."""
+    if augment is None:
+        return tuple(eval_inputs(split.sizes[:1], spec.image_size, spec.eval_crop))
+    return tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+
+
 def micro_batches(
     images: NDArray[np.int64],
     batch_size: int,
@@ -176,7 +183,7 @@ class TrainStream(_Stream):
         images = used(split, only)
         check_batch_size(split.name, len(images), batch_size, accumulate, world_size)
         self.steps_per_epoch, self.accumulate = len(images) // batch_size, accumulate
-        names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+        names = input_names(augment, split, spec)
         largest = -(-batch_size // (world_size * accumulate))
         super().__init__(split, spec, names, augment.policy, largest)
 
@@ -209,9 +216,7 @@ class DrawnStream(_Stream):
         self, split: Split, spec: InputSpec, augment: Augment | None, *, seed: int, batch_size: int
     ) -> None:
         self._augment, self._seed, self._batch_size = augment, seed, batch_size
-        names: tuple[str, ...] = ("start", "end")
-        if augment:
-            names = tuple(train_inputs(augment, epoch_draws(1, 0, 0), split.sizes[:1], spec.image_size))
+        names = input_names(augment, split, spec)
         super().__init__(split, spec, names, augment.policy if augment else "none", batch_size)
 
     def of(self, index: NDArray[np.int64], epoch: int) -> Iterator[Batch]:

@@ -114,7 +114,7 @@ class Trial:
                 compile_kernels(config, self.alone, self.backend, None)
             taken = self.beside + self.taken(lambda: self.train(config))
             if self.graphs:  # whose memory validation cannot use
-                size = max(1, config.batch_size // parts)
+                size = config.micro_batch(ranks=1)
                 taken += self.taken(lambda: evaluate(self.network, [self.noise(size)], self.alone))
         except RuntimeError as error:
             if last or not is_of_memory(error):

@@ -133,7 +133,7 @@ class FrozenFeatures:
         config, device = self.config, self.runtime.device
         spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
         augment = config.augment if use == "train" else None
-        size = max(1, config.batch_size // self.runtime.world_size // config.parts)
+        size = config.micro_batch(self.runtime.world_size)
         full = "free some space, or use fewer draws with --cache-features"
         with closing(
             DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)

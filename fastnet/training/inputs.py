@@ -52,7 +52,7 @@ class Inputs:
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
         self.steps_per_epoch = len(self.division.train_images) // config.batch_size
-        self.share = max(1, config.batch_size // runtime.world_size // config.parts)
+        self.share = config.micro_batch(runtime.world_size)
         self.val = self.open_val(self.division.val, self.division.val_images)
         self.images: TrainStream | DeviceTrainStream | None = None
         self.images_spec: InputSpec | None = None

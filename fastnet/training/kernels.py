@@ -48,7 +48,7 @@ def turns(runtime: Runtime) -> tuple[bool, bool]:
 
 def compile_kernels(config: Config, runtime: Runtime, backend: str, stream: Any) -> Counter[str]:
     """On this rank alone. Counts the kernels that were compiled, and those found in the cache. Raises InputError."""
-    share = max(1, config.batch_size // runtime.world_size // config.parts)
+    share = config.micro_batch(runtime.world_size)
     stages = [Stage(*stage) for stage in config.lstm_stages]
     dtype = runtime.amp or torch.float32
     try:
