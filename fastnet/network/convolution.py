@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Positions of the output, h * w, up to which the product is taken: in conv5, images up to 64 px, in bfloat16 128 px.
+# Positions of the output, h * w, up to which the product is taken. conv5 has 4 for images of 64 px, 16 for 128 px.
 SMALL = {torch.float32: 4, torch.bfloat16: 16}
 
 

@@ -22,7 +22,9 @@ class Average:
         """Moves the average by `share` of the way to the weights that train. Nothing in it waits for the device."""
         average, now = self._tensors(self.network), self._tensors(self.live)
         if not average[0].is_cuda:
-            torch._foreach_lerp_(average, now, float(share))  # a pass less over memory; it takes no tensor
+            torch._foreach_lerp_(
+                average, now, float(share)
+            )  # one pass over the weights, by a number of the host
             return
         away = torch._foreach_sub(now, average)
         torch._foreach_mul_(away, share)
