@@ -44,7 +44,7 @@ TRANSFER = Experiment(
     "both networks and their average at 64 px, from ImageNet weights of conv1 to conv4",
     f"paper {SMALL} {AVERAGED}",
     (
-        Run("baseline", f"{PARTIAL} --epochs 15 --lr 0.04 --mixup 0.2 --cutmix 1"),
+        Run("baseline", f"{PARTIAL} --epochs 16 --lr 0.06 --layer-decay 0.6 --mixup 0.2 --cutmix 0.2"),
         Run(
             "lstm",
             "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 8 "
