@@ -64,7 +64,7 @@ def load_extra(package: str, what: str) -> Any:
         return import_module(package)
     except ImportError as error:
         raise InputError(
-            f"{what}: needs the package {package.partition('.')[0]}; install it with: pip install 'fastnet[export]'"
+            f"{what}: needs the package {package.partition('.')[0]}; install the extra export: pip install '.[export]'"
         ) from error
 
 
