@@ -67,10 +67,10 @@ SCRATCH = Experiment(
 READOUT = Experiment(
     "phase one of the paper at 224 px: what LSTMs and a linear layer read out of a frozen conv4",
     "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 1 "
-    f"--batch-size 256 --plateau 0 --epochs 0 --head-epochs 10 {CPU}",
+    f"--batch-size 128 --plateau 0 --epochs 0 --head-epochs 6 {CPU}",
     (
-        Run("lstm", "--network lstm --head-lr 0.002"),
-        Run("linear", "--network linear --head-lr 0.002"),
+        Run("lstm", "--network lstm --head-lr 0.005"),
+        Run("linear", "--network linear --head-lr 0.01"),
     ),
     seeds=3,
     classes=50,
