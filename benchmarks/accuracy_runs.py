@@ -66,10 +66,10 @@ SCRATCH = Experiment(
 # What is frozen up to conv4 comes from ImageNet, and was never fitted to this set.
 READOUT = Experiment(
     "phase one of the paper at 224 px: what LSTMs and a linear layer read out of a frozen conv4",
-    "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 1 "
-    f"--batch-size 128 --plateau 0 --epochs 0 --head-epochs 6 {CPU}",
+    "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 3 "
+    f"--batch-size 128 --plateau 0 --epochs 0 --head-epochs 12 --weight-decay 0.05 {CPU}",
     (
-        Run("lstm", "--network lstm --head-lr 0.005"),
+        Run("lstm", "--network lstm --head-lr 0.003"),
         Run("linear", "--network linear --head-lr 0.01"),
     ),
     seeds=3,
