@@ -93,7 +93,7 @@ class Config:
         "auto",
         "data",
         "where JPEGs are decoded; raw: once, into a file beside the set; device: that file in GPU memory; auto: device "
-        "where a quarter of the free memory holds it and the augmentation is plain, else gpu; cpu where there is no GPU",
+        "where a quarter of the free memory holds it and the augmentation is plain, else gpu; without a GPU, cpu",
         choices=("auto", "device", "gpu", "cpu", "raw"),
     )
     threads: int = _flag(

@@ -120,6 +120,8 @@ class DeviceTrainStream(_DeviceStream):
         self._share = share.stop - share.start  # L
         self._parts = [part(self._share, micro, accumulate) for micro in range(accumulate)]
         super().__init__(split, spec, self.steps_per_epoch, self._share)
+        if step == self.steps_per_epoch:  # stopped after an epoch's last step
+            epoch, step = epoch + 1, 0
         self._epoch, self._step, self._micro = epoch, step - 1, 0
         self._worker = ThreadPoolExecutor(1, "draws")
         self._index = np.empty(0, np.int64)  # the epoch's images in the order of this rank's batches

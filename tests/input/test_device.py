@@ -53,21 +53,25 @@ def assert_same(mine: Batch, theirs: Batch) -> None:
 
 
 @pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize(("rank", "world", "accumulate"), [(0, 1, 1), (1, 2, 3)])
-def test_batches_are_those_of_the_cpu(train: Split, rank: int, world: int, accumulate: int) -> None:
-    """From the last step of an epoch into the next one."""
+@pytest.mark.parametrize(
+    ("rank", "world", "accumulate", "step"), [(0, 1, 1, 11), (1, 2, 3, 11), (0, 1, 1, 12)]
+)
+def test_batches_are_those_of_the_cpu(
+    train: Split, rank: int, world: int, accumulate: int, step: int
+) -> None:
+    """From the last step of an epoch, or from its end, into the next one."""
     where: dict[str, Any] = {
         "rank": rank,
         "world_size": world,
         "accumulate": accumulate,
         "epoch": 1,
-        "step": 11,
+        "step": step,
     }
     assert TRAIN // 8 == 12
     mine = device_stream(train, PLAIN, **where)
     for theirs in take(stream(train, PLAIN, how=spec(SIZE), batch_size=8, **where), 2 * accumulate):
         assert_same(next(mine), theirs)
-    assert mine.counter.tolist() == [1] and len(mine) == 12 * accumulate
+    assert mine.counter.tolist() == [step - 10] and len(mine) == 12 * accumulate
     mine.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(mine)
