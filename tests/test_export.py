@@ -315,7 +315,7 @@ def test_a_missing_package_is_named(
     form: str, package: str, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = rf"needs the package {package}; install it with: pip install '.\[export\]'"
+    message = rf"needs the package {package}; install the extra export: pip install '.\[export\]'"
     with pytest.raises(InputError, match=f"--format {form}: {message}"):
         export.main([str(runs[0]), "--format", form, "--out", str(tmp_path / "out")])
     if package == "safetensors":
