@@ -22,9 +22,8 @@ class Average:
         """Moves the average by `share` of the way to the weights that train. Nothing in it waits for the device."""
         average, now = self._tensors(self.network), self._tensors(self.live)
         if not average[0].is_cuda:
-            torch._foreach_lerp_(
-                average, now, float(share)
-            )  # one pass over the weights, by a number of the host
+            # One pass over the weights, by a number of the host.
+            torch._foreach_lerp_(average, now, float(share))
             return
         away = torch._foreach_sub(now, average)
         torch._foreach_mul_(away, share)
