@@ -73,8 +73,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         ):
             result = Trainer(config, data, run_dir, runtime, lock).fit()
     if "top1" in result and runtime.is_main:
+        split = "holdout" if config.holdout and not result["done"] else "val"
         print(
-            f"{result['run']}: step {result['step']}, val top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}, "
+            f"{result['run']}: step {result['step']}, {split} top-1 {result['top1']:.4f}, top-5 {result['top5']:.4f}, "
             f"loss {result['loss']:.4f} on {result['count']} images"
         )
     return result

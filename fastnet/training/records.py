@@ -111,6 +111,18 @@ def last_scores(run_dir: Path) -> dict[str, Any]:
     return {"loss": last.val_loss, "top1": last.val_top1, "top5": last.val_top5, "count": last.val_count}
 
 
+def is_recorded(run_dir: Path, kept: int) -> bool:
+    """Whether metrics.jsonl has a whole line after its first `kept` bytes, those of the last checkpoint.
+
+    Raises InputError if there is no such file.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        return path.read_bytes()[kept:].endswith(b"\n")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; restore it from a copy, or give another --run-dir") from error
+
+
 def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: dict[str, Any]) -> None:
     """Writes manifest.json anew, with one more session."""
     path = run_dir / "manifest.json"

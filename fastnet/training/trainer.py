@@ -33,7 +33,14 @@ from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import share_weights
 from fastnet.training.phases import averaged_before, finish_epoch, image_size, learning_rate, plan
-from fastnet.training.records import Recorder, add_to_session, as_record, outcome, write_manifest
+from fastnet.training.records import (
+    Recorder,
+    add_to_session,
+    as_record,
+    is_recorded,
+    outcome,
+    write_manifest,
+)
 from fastnet.training.running import RunningPhase
 from fastnet.training.setup import check_sizes, choices
 from fastnet.training.state import TrainState
@@ -64,7 +71,8 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Trains to the end of the last phase, to --max-steps, or to a signal, and returns what came of it."""
         self.resume()
-        if self.state.done or 0 < self.config.max_steps <= self.state.step:
+        if self.nothing_left():
+            self.note(done=self.state.done)  # a session that was killed after its last save did not
             self.say(f"already done up to step {self.state.step}; give another --run-dir to train anew")
             return outcome(self.run_dir, self.state)
         with self.resources():
@@ -79,8 +87,6 @@ class Trainer:
                 if self.state.step == self.config.max_steps:
                     break
             self.finish()
-            if self.state.done and self.config.holdout:
-                self.look_at_val()
             if not self.state.done:
                 self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
         return outcome(self.run_dir, self.state)
@@ -107,6 +113,16 @@ class Trainer:
         if self.saved and self.saved.average:
             average = self.evaluated.started().network
             checkpoint.load_model(average, self.run_dir / "last.pt", self.saved.average)
+
+    def nothing_left(self) -> bool:
+        """Whether the last checkpoint is where the run ends, or --max-steps, with the look at val behind it."""
+        if not self.state.done:
+            return 0 < self.config.max_steps <= self.state.step
+        looked = True
+        with self.runtime.agree():
+            if self.config.holdout and self.runtime.is_main:
+                looked = is_recorded(self.run_dir, self.state.metrics_bytes)
+        return self.runtime.from_main(looked)
 
     def begin_phase(self) -> None:
         """Freezes what the phase freezes and readies its training step, unless there is one for the phase and for the
@@ -332,9 +348,12 @@ class Trainer:
             self.recorder.event(event, **values)
 
     def finish(self) -> None:
-        """Waits for the last save, and notes in the manifest how the session ended."""
+        """Waits for the last save, looks at val where that is still to be done, and notes in the manifest how the
+        session ended."""
         with self.runtime.agree():
             self.writer.finish()
+        if self.state.done and self.config.holdout:
+            self.look_at_val()
         self.note(to_step=self.state.step, done=self.state.done)
 
     def note(self, **facts: Any) -> None:

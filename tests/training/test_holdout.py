@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from fastnet.data.default import default_set
 from fastnet.data.holdout import divide
 from fastnet.errors import InputError
+from fastnet.training.manifest import read_manifest
 from tests.support.runs import events
 from tests.support.tiny import run_here
 
@@ -30,6 +32,38 @@ def test_every_class_gives_its_share(tiny_set: Path) -> None:
     assert whole.val is data.splits["val"] and len(whole.train_images) == len(labels)
     with pytest.raises(InputError, match=r"--holdout 0\.01: holds out 0 of the 14 images of class 0"):
         divide(data, 0.01)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_look_at_val_makes_it(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*FLAGS, "--head-epochs", "0", "--epochs", "1"]
+    run_here(tiny_set, run, *flags)
+    (final,) = events(run, "final")
+    metrics, manifest = run / "metrics.jsonl", run / "manifest.json"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    said = json.loads(manifest.read_bytes())
+    del said["sessions"][-1]["done"]
+    for torn in (b"", lines[-1][:-9]):
+        metrics.write_bytes(b"".join(lines[:-1]) + torn)
+        manifest.write_text(json.dumps(said))
+        result = run_here(tiny_set, run, *flags)
+        assert events(run, "final") == [final]
+        assert result["done"] and result["top1"] == final["val_top1"]
+        assert read_manifest(run).sessions[-1]["done"]
+    manifest.write_text(json.dumps(said))
+    run_here(tiny_set, run, *flags)
+    assert "already done" in capsys.readouterr().err
+    assert read_manifest(run).sessions[-1]["done"]
+
+
+def test_scores_of_the_holdout_are_called_so(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(tiny_set, tmp_path / "run", *FLAGS, "--max-steps", "2")
+    assert "step 2, holdout top-1" in capsys.readouterr().out
 
 
 @pytest.mark.slow
