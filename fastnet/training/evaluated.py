@@ -37,9 +37,13 @@ class Evaluated:
         return self.average
 
     def freeze(self, last: str) -> None:
-        """Freezes the same stages in both: kept features stand for the outputs of frozen ones."""
-        for network in {self.live, self.network}:
-            network.freeze(last)
+        """Freezes the same stages in both, with the same weights: kept features stand for the outputs of frozen ones."""
+        self.live.freeze(last)
+        if self.average:
+            self.network.freeze(last)
+            both = zip(self.network.frozen_modules(), self.live.frozen_modules(), strict=True)
+            for own, frozen in both:
+                own.load_state_dict(frozen.state_dict())
 
     def add_epoch(self, before: int, batches: Iterable[Any], runtime: Runtime) -> None:
         """Takes the weights into the mean of those after `before` epochs, and sets its batch norm statistics by

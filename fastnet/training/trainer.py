@@ -141,6 +141,7 @@ class Trainer:
                 # The totals are sums over the ranks, so one of them carries what was there.
                 self.counter.sums += torch.tensor(Totals(*self.state.totals), device=self.runtime.device)
         self.close_phase()
+        share_weights(self.network, self.runtime)  # each rank has batch norm statistics of its own until here
         self.evaluated.freeze(self.phase.frozen)
         self.network.train()
         batches, self.val_stream = self.inputs.open(self.phase, self.network, self.state)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastnet import evaluate
 from fastnet.training import features
+from fastnet.training.checkpoint import load
 from tests.support.runs import assert_same_end, events
 from tests.support.tiny import refused, run_here, run_ranks
 
@@ -75,6 +77,26 @@ def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -
         mine, theirs = np.load(file), np.load(own_set / file.relative_to(other))
         assert np.allclose(mine, theirs, rtol=2 * np.finfo(np.float16).eps, atol=1e-6)
     assert len(list(other.glob("features/*/*.npy"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_stages_frozen_after_they_trained(tiny_set: Path, tmp_path: Path) -> None:
+    """They are the same on all ranks, whose batch norms saw other images, and in the average of the weights."""
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    flags = "--network linear --head-freeze conv2 --head-epochs 1 --freeze conv4 --epochs 1 --ema 0.5".split()
+    done = run_ranks(2, own, tmp_path / "run", *flags, "--cache-features", "1")
+    assert done.returncode == 0, done.stderr
+    assert len(list(own.glob("features/*"))) == PHASES
+    saved = load(tmp_path / "run" / "last.pt")
+    assert saved.average
+    for name, weights in saved.model.items():
+        if name.startswith(("backbone.conv1", "backbone.layer1", "backbone.layer2", "backbone.layer3")):
+            assert torch.equal(saved.average[name], weights), name
+    scores = evaluate.main([str(tmp_path / "run"), "--data", str(own), "--checkpoint", "last"])
+    validated = events(tmp_path / "run", "epoch")[-1]
+    eps = torch.finfo(torch.float16).eps
+    assert validated["val_loss"] == pytest.approx(scores["loss"], rel=eps)
 
 
 def test_a_linear_layer_reads_kept_features(tiny_set: Path, tmp_path: Path) -> None:
