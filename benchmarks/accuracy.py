@@ -6,12 +6,14 @@ Trains the runs of an experiment (accuracy_runs.py) by train.py, one after anoth
 was stopped continues when it is given again, and what is done stays. Writes accuracy-EXPERIMENT.csv, a row for each
 run and for each average of runs, with flags, hours, set and machine, and the curves where there are few.
 
-All scores are those of the last epoch on the val split: none is the best of several looks at it.
+All scores are those of the last epoch on the val split: none is the best of several looks at it. Those of a run are in
+its own precision; averages are in float32 on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import shutil
 import statistics
@@ -38,6 +40,11 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     experiment = EXPERIMENTS[args.experiment]
     data = open_set(args.data)
+    if len(data.classes) < experiment.classes:
+        raise InputError(
+            f"{args.data}: has {len(data.classes)} classes, of which {args.experiment} takes {experiment.classes}; "
+            "give a larger set"
+        )
     if experiment.classes:
         data = subset(data, experiment.classes)
     folder = OUT / f"{args.experiment}-{data.hash[:12]}"
@@ -100,9 +107,9 @@ def train(
     """Trains a run to its end, from where it was, and returns its directory."""
     run_dir = folder / f"{run.name}-{seed}"
     start = folder / f"{run.start}-{seed}" / "last.pt"
-    flags = shlex.split(experiment.flags_of(run).format(weights=weights, start=start))
+    flags = [word.format(weights=weights, start=start) for word in shlex.split(experiment.flags_of(run))]
     words = [*flags, "--data", str(data.path), "--seed", str(seed), "--run-dir", str(run_dir)]
-    print(f"{run.name}, seed {seed}: train.py {' '.join(words)}", file=sys.stderr, flush=True)
+    print(f"{run.name}, seed {seed}: train.py {shlex.join(words)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "fastnet.train", *words], stdout=sys.stderr, check=False)
     if done.returncode or not read_manifest(run_dir).sessions[-1].get("done"):
         sys.exit(done.returncode or f"{run_dir}: stopped; the same command continues")
@@ -110,7 +117,9 @@ def train(
 
 
 def row(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dict[str, Any]:
-    """What a run reached in its last epoch, and in how many hours of training steps."""
+    """What a run reached in its last epoch, in how many hours of training steps, and what it ran on."""
+    manifest = read_manifest(run_dir)
+    session = manifest.sessions[-1]
     epochs = [event for event in read_events(run_dir / "metrics.jsonl") if isinstance(event, EpochEvent)]
     last = epochs[-1]
     flags = EXPERIMENTS[name].flags_of(run)
@@ -123,9 +132,10 @@ def row(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dic
         "loss": f"{last.val_loss:.4f}",
         "images": last.val_count,
         "epochs": len(epochs),
-        "hours": f"{sum(epoch.seconds or 0.0 for epoch in epochs) / 3600:.3f}",
+        "hours": f"{hours(epochs, manifest.config['batch_size']):.3f}",
         "flags": flags.format(weights="FILE", start=f"{run.start}/last.pt"),
-        **common(data),
+        **of_set(data),
+        **harness.described(session["started"], session),
     }
 
 
@@ -140,12 +150,22 @@ def average(
         "seed": seed,
         **{key: f"{scores[key]:.4f}" for key in ("top1", "top5", "loss")},
         "images": scores["count"],
-        **common(data),
+        **of_set(data),
+        **harness.about(),
     }
 
 
-def common(data: PreparedSet) -> dict[str, Any]:
-    return {"set": data.hash[:12], "classes": len(data.classes), **harness.about()}
+def of_set(data: PreparedSet) -> dict[str, Any]:
+    return {"set": data.hash[:12], "classes": len(data.classes)}
+
+
+def hours(epochs: Sequence[EpochEvent], batch_size: int) -> float:
+    """Of training steps. An epoch of several sessions counts at the pace of its last one, all that is known."""
+    ends = itertools.pairwise([0, *(epoch.step for epoch in epochs)])
+    timed = [
+        (after - before, epoch.images_per_s) for (before, after), epoch in zip(ends, epochs, strict=True)
+    ]
+    return sum(steps * batch_size / pace for steps, pace in timed if pace) / 3600
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:

@@ -83,11 +83,16 @@ def write_result(name: str, values: dict[str, Any]) -> Path:
 @cache
 def about() -> dict[str, Any]:
     """What does not change during a benchmark: date, machine, versions, git revision; empty for what is not there."""
-    known = surroundings()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return described(now, {**surroundings(), "machine": machine()})
+
+
+def described(date: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of the `surroundings` of something that ran on `date`, on these cores."""
     versions = known["versions"]
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "date": date,
+        "machine": known["machine"],
         "cores": len(os.sched_getaffinity(0)),
         "git": known["git"],
         "python": versions["python"],

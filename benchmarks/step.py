@@ -186,7 +186,8 @@ class KeptFeatures(FeatureTrainStream):
         division = replace(divide(data, 0.0), train_images=images, val_images=images[:1])
         network = Network(config, len(data.classes)).to(runtime.device)
         network.freeze(config.head_freeze)
-        features = FrozenFeatures(replace(config, cache_features=1), data, division, network, runtime)
+        config = replace(config, cache_features=1)
+        features = FrozenFeatures(config, data, division, network, runtime, epochs=[0])
         features.folder = folder
         features.prepare(threads)
         self.steps_per_epoch = len(images) // config.batch_size

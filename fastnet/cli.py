@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import fastnet
-from fastnet.config import PRESETS, Augment, Config, flag_name
+from fastnet.config import PRESETS, Augment, Config, as_text, flag_name
 from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full, printable, refused
 
 
@@ -97,7 +97,7 @@ class SettingsParser(Parser):
             config = PRESETS[preset](network)
             for action, owner, text in self.settings:
                 value = getattr(config if owner is Config else config.augment, action.dest)
-                action.help = f"{text} (default: {_as_text(value)})"
+                action.help = f"{text} (default: {as_text(value)})"
             self.epilog = (
                 f"Defaults shown: preset {preset}, network {network}. Name another preset or --network beside --help "
                 "to see its defaults."
@@ -133,10 +133,6 @@ def _comma_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _as_text(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
 def as_arguments(flags: dict[str, Any]) -> list[str]:
     """The command line that gives those of `flags` that are fields of `Config`."""
     words: list[str] = []
@@ -146,7 +142,7 @@ def as_arguments(flags: dict[str, Any]) -> list[str]:
             if isinstance(value, bool):
                 words += [flag_name(item)] if value else []
             elif value is not None and item.name != "augment":
-                words += [flag_name(item), _as_text(value)]
+                words += [flag_name(item), as_text(value)]
     return words
 
 

@@ -275,6 +275,11 @@ class Config:
             raise InputError(
                 "--cache-features: mixed images have no kept features; leave out --mixup and --cutmix"
             )
+        if self.cache_features and not self.head_epochs and (not self.epochs or self.freeze == "none"):
+            raise InputError(
+                f"--cache-features {self.cache_features}: no convolutions are frozen, so all change; leave it out, or "
+                "give --head-epochs or --freeze"
+            )
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
         if self.start_size:
@@ -433,6 +438,21 @@ def _is_window(text: str) -> bool:
 def flag_name(item: dataclasses.Field) -> str:
     """The flag of a field: `batch_size` is `--batch-size`."""
     return item.metadata.get("flag", "--" + item.name.replace("_", "-"))
+
+
+def as_text(value: Any) -> str:
+    """A value as its flag takes it."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def first_change(before: Config, now: Config, apart_from: set[str]) -> tuple[str, str, str] | None:
+    """The first flag whose values differ, with both of them; not of the fields `apart_from`."""
+    for a, b in ((before, now), (before.augment, now.augment)):
+        for item in dataclasses.fields(a):
+            one, other = getattr(a, item.name), getattr(b, item.name)
+            if item.name not in apart_from and item.name != "augment" and one != other:
+                return flag_name(item), as_text(one), as_text(other)
+    return None
 
 
 def _check(flag: str, value: Any, meta: Any) -> None:

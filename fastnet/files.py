@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastnet.errors import InputError, refused
@@ -37,10 +38,13 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left of writing `name`. Only for who knows that no other process writes there."""
+def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
+    """Removes what killed processes left of writing `name`, and was not written to for `older` seconds. 0 is only for
+    who knows that no other process writes there."""
     for left in folder.glob(f".{name}.*{PARTIAL}"):
-        left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - left.stat().st_mtime >= older:
+                left.unlink()
 
 
 def _umask() -> int:

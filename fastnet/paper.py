@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         flags = dict(given)
         if network == "baseline":
             flags["head_epochs"] = 0
+            if named.get("freeze", "none") == "none":
+                flags["cache_features"] = 0
         elif named.get("weights_partial") or (
             "weights" not in named and PRESETS[preset](network).weights == "none"
         ):

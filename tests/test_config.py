@@ -35,6 +35,7 @@ def test_flags_are_what_scripts_rely_on() -> None:
 
 def test_every_field_is_reached_by_its_flag() -> None:
     values = {"bool": ([], True), "int": (["8"], 8), "float": (["0.25"], 0.25)}
+    extra = {"cache_features": ["--freeze", "conv2"]}
     for owner in (Config, Augment):
         for field in dataclasses.fields(owner):
             kind = str(field.type)
@@ -44,7 +45,7 @@ def test_every_field_is_reached_by_its_flag() -> None:
             words, value = values[kind]
             if field.name in ("image_size", "start_size"):
                 words, value = ["96"], 96
-            config = parsed(flag, *words)
+            config = parsed(flag, *words, *extra.get(field.name, []))
             assert getattr(config if owner is Config else config.augment, field.name) == value
 
 
@@ -104,6 +105,11 @@ def test_config_survives_json(preset: str, network: str) -> None:
         (
             ["--start-size", "64", "--cache-features", "1", "--freeze", "conv2"],
             r"--start-size 64: kept features are of one size; leave out --cache-features or --freeze",
+        ),
+        (["--cache-features", "2"], r"--cache-features 2: no convolutions are frozen, so all change"),
+        (
+            ["--cache-features", "2", "--epochs", "0", "--freeze", "conv2", "--plateau", "1"],
+            r"--cache-features 2: no convolutions are frozen",
         ),
         (["--average-last", "2", "--ema", "0.9"], r"--average-last 2 with --ema 0.9: two averages"),
         (["--average-last", "16"], r"--average-last 16: the last phase has 15 epochs; use at most that"),

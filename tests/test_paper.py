@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,9 +32,9 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
-    out = tmp_path / "paper"
+    out, own = tmp_path / "paper", shutil.copytree(tiny_set, tmp_path / "set")  # which features are added to
     with subprocess.Popen(
-        command(tiny_set, out), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command(own, out, "--cache-features", "1"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:  # stopped as soon as the baseline is trained and the LSTM network begins
@@ -43,7 +44,9 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
         process.communicate()
     assert not (out / "results.json").exists()
 
-    done = subprocess.run([*command(tiny_set, out), "--json"], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command(own, out, "--cache-features", "1"), "--json"], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert f"{out / 'baseline'}: already done" in done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -73,7 +76,7 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     config = json.loads((out / "lstm" / "manifest.json").read_text())["config"]
     assert config["weights"] == "none" and config["head_epochs"] == 1
     baseline = json.loads((out / "baseline" / "manifest.json").read_text())["config"]
-    assert baseline["head_epochs"] == 0
+    assert (baseline["head_epochs"], baseline["cache_features"], config["cache_features"]) == (0, 0, 1)
     assert "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase" in done.stderr
 
 

@@ -48,6 +48,11 @@ class StopSignal:
         self.pending = (wishes, dist.all_reduce(wishes, group=self.runtime.control, async_op=True))
         return agreed
 
+    def asked(self) -> bool:
+        """Whether any rank was told to stop by now. Collective; waits for the others."""
+        told, _ = self.settle()
+        return self.runtime.first_of(self.received or told or None) is not None
+
     def settle(self) -> tuple[bool, bool]:
         """Waits for the all-reduce under way, if there is one, and returns its result."""
         if self.pending is None:

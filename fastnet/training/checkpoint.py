@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from fastnet.config import Config
+from fastnet.config import Config, first_change
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.lock import RunLock
 from fastnet.errors import InputError
@@ -208,15 +208,16 @@ def load_last(run_dir: Path, config: Config, data: PreparedSet) -> Checkpoint | 
     if not path.exists():
         return None
     saved = load(path)
-    before, now = saved.config.to_json(), config.to_json()
+    may_change = MAY_CHANGE
     if config.accumulate == "auto":  # the number that the run began with
-        now["accumulate"] = before["accumulate"]
-    changed = next((name for name in now if name not in MAY_CHANGE and before[name] != now[name]), None)
+        may_change = MAY_CHANGE | {"accumulate"}
+    changed = first_change(saved.config, config, may_change)
     if changed:
+        flag, before, now = changed
         longer = f"; to train for longer, start from its weights: --weights {path} and another --run-dir"
         raise InputError(
-            f"{run_dir}: this run was started with {changed} {before[changed]} and not {now[changed]}"
-            + (longer if "epochs" in changed else "; give the same flags, or another --run-dir")
+            f"{run_dir}: this run was started with {flag} {before} and not {now}"
+            + (longer if "epochs" in flag else "; give the same flags, or another --run-dir")
         )
     if saved.data_hash != data.hash:
         raise InputError(
@@ -247,11 +248,14 @@ def restore(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, state: Updates
 ) -> None:
     """Puts a state into the optimiser and loss scaler. Raises InputError if it, from `path`, does not fit."""
-    rates = [{key: group[key] for key in ("lr", "lr_scale")} for group in optimizer.param_groups]
+    # Set before each step: on a GPU the rate has to stay the tensor that it is. And AdamW has its steps counted there,
+    # where it may have been begun on a CPU.
+    own = ("lr", "lr_scale", "fused", "capturable")
+    kept = [{key: group[key] for key in own if key in group} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state.optimizer or {})
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group.update(rate)  # set before each step; on a GPU it has to stay the tensor that it is
+        for group, mine in zip(optimizer.param_groups, kept, strict=True):
+            group.update(mine)
         if (
             state.scaler
         ):  # empty if it was not fp16 until now: what --precision auto means depends on the device

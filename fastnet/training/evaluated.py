@@ -37,7 +37,7 @@ class Evaluated:
         return self.average
 
     def freeze(self, last: str) -> None:
-        """Freezes the same stages in both, with the same weights: kept features stand for the outputs of frozen ones."""
+        """Freezes the same stages in both, with the same weights: kept features serve both."""
         self.live.freeze(last)
         if self.average:
             self.network.freeze(last)

@@ -1,8 +1,8 @@
 """The outputs of frozen convolutions, computed once: `--cache-features K`.
 
 In a phase whose first stages are frozen, their output for an image and a draw of its augmentation never changes. It is
-computed for the draws of the first K epochs and for validation, kept as float16 beside the set, and read in place of
-images from then on: epoch e of the phase sees draw e % K.
+computed for K draws, or as many as the phase has epochs, and for validation, kept as float16 beside the set, and read
+in place of images from then on: epoch e of the run sees draw e % K.
 
 A directory is named after all that the numbers depend on, so runs that freeze the same weights share it. It holds a
 file for each `SHARD` images of a draw, which is there whole or not at all: what was stopped goes on where it was, and
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -27,30 +27,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastnet import __version__
 from fastnet.config import Config
 from fastnet.data.holdout import Division
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
+from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, remove_leftovers
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
 from fastnet.network.network import Network
 from fastnet.progress import track
 
 SHARD = 2048  # images in a file
+STALE = 3600.0  # seconds; a process that still writes a file does so many times within them
 VALIDATION = "val"  # in place of a draw
 
 
 class FrozenFeatures:
-    """The kept features of a set for the stages that `network` freezes now. `prepare` computes what is missing."""
+    """The kept features of a set for the stages that `network` freezes now, and for the draws that `epochs` of a run
+    see. `prepare` computes what is missing."""
 
     def __init__(
-        self, config: Config, data: PreparedSet, division: Division, network: Network, runtime: Runtime
+        self,
+        config: Config,
+        data: PreparedSet,
+        division: Division,
+        network: Network,
+        runtime: Runtime,
+        epochs: Iterable[int],
     ) -> None:
         self.config, self.data, self.network, self.runtime = config, data, network, runtime
         self.splits = {"train": division.train, VALIDATION: division.val}
         self.images = {"train": division.train_images, VALIDATION: division.val_images}
+        self.draws = sorted({epoch % config.cache_features for epoch in epochs})
+        self.decode = resolve_decode("auto", runtime.device)
         size = config.image_size
         with torch.no_grad():
             one = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
@@ -71,6 +83,9 @@ class FrozenFeatures:
             for tensor in module.state_dict().values():
                 digest.update(tensor.cpu().numpy().tobytes())
         return {
+            "version": __version__,
+            "shard": SHARD,
+            "decode": self.decode,
             "data": self.data.hash,
             "frozen": self.network.kept_stages(),
             "weights": digest.hexdigest(),
@@ -87,7 +102,7 @@ class FrozenFeatures:
     def files(self) -> dict[Path, tuple[str, str, NDArray[np.int64]]]:
         """Every file with what it is for (training or validation), its draw, and the images in it."""
         named = {}
-        draws = [("train", str(draw)) for draw in range(self.config.cache_features)]
+        draws = [("train", str(draw)) for draw in self.draws]
         # Averaged with mirror images, validation needs pixels.
         for use, draw in draws if self.config.flip_average else [*draws, (VALIDATION, VALIDATION)]:
             images = self.images[use]
@@ -96,22 +111,24 @@ class FrozenFeatures:
                 named[path] = use, draw, images[first : first + SHARD]
         return named
 
-    def prepare(self, threads: int) -> None:
-        """Computes the missing files, each rank some of them. Collective.
+    def prepare(self, threads: int, stop: StopSignal | None = None) -> bool:
+        """Computes the missing files, each rank some of them. Collective. Returns False after a signal to stop.
 
         Raises InputError if the disk has no room for them, before the first one.
         """
         missing = {path: what for path, what in self.files().items() if not path.exists()}
         with self.runtime.agree():
             if self.runtime.is_main:
+                remove_leftovers(self.folder, older=STALE)
                 self._check_room(sum(len(what[2]) for what in missing.values()))
         mine = list(missing.items())[self.runtime.rank :: self.runtime.world_size]
         training = self.network.training
         self.network.eval()
         with self.runtime.agree():
             for use in self.splits:
-                self._make({path: what for path, what in mine if what[0] == use}, use, threads)
+                self._make({path: what for path, what in mine if what[0] == use}, use, threads, stop)
         self.network.train(training)
+        return stop is None or not stop.asked()
 
     def _check_room(self, images: int) -> None:
         needed, parent = images * self.row * 2, self.data.path
@@ -127,11 +144,17 @@ class FrozenFeatures:
                 f"{self.folder}"
             )
 
-    def _make(self, files: dict[Path, tuple[str, str, NDArray[np.int64]]], use: str, threads: int) -> None:
+    def _make(
+        self,
+        files: dict[Path, tuple[str, str, NDArray[np.int64]]],
+        use: str,
+        threads: int,
+        stop: StopSignal | None,
+    ) -> None:
         if not files:
             return
         config, device = self.config, self.runtime.device
-        spec = InputSpec.of(config, device, self.runtime.image_dtype, resolve_decode("auto", device), threads)
+        spec = InputSpec.of(config, device, self.runtime.image_dtype, self.decode, threads)
         augment = config.augment if use == "train" else None
         size = config.micro_batch(self.runtime.world_size)
         full = "free some space, or use fewer draws with --cache-features"
@@ -139,14 +162,15 @@ class FrozenFeatures:
             DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
         ) as stream:
             for path, (_, draw, index) in track(f"features for {use}", files.items(), len(files), "files"):
+                if stop and stop.received:
+                    return
                 epoch = 0 if draw == VALIDATION else int(draw)
-                with atomic_write(path, full=full) as beside:
-                    rows = np.lib.format.open_memmap(beside, "w+", np.float16, (len(index), self.row))
-                    first = 0
+                header = {"descr": "<f2", "fortran_order": False, "shape": (len(index), self.row)}
+                # Written and not mapped: where the disk fills up, writing fails, and a mapped page kills the process.
+                with atomic_write(path, full=full) as beside, beside.open("wb") as file:
+                    np.lib.format.write_array_header_1_0(file, header)
                     for x, *_ in stream.of(index, epoch):
-                        rows[first : first + len(x)] = self._rows(x)
-                        first += len(x)
-                    rows.flush()
+                        file.write(self._rows(x).data)
 
     def _rows(self, x: Tensor) -> NDArray[np.float16]:
         """Images [B, 3, S, S] -> [B, R]: each output in the order of its memory, which is [H, W, C]."""

@@ -16,6 +16,7 @@ from fastnet.config import Config
 from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
+from fastnet.distributed.stop import StopSignal
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream, TrainStream
@@ -67,10 +68,20 @@ class Inputs:
     def caches(self, phase: Phase) -> bool:
         return self.config.cache_features > 0 and phase.frozen != "none"
 
-    def open(self, phase: Phase, network: Network, state: TrainState) -> tuple[Streamed | Resident, Any]:
+    def keep_features(self, phase: Phase, network: Network, state: TrainState, stop: StopSignal) -> bool:
+        """Where the phase trains on kept features: computes those that are missing. Collective. Returns False after a
+        signal to stop."""
+        if not self.caches(phase):
+            return True
+        begun = state.epoch - state.phase_epoch
+        epochs = range(begun, begun + phase.epochs)
+        self.features = FrozenFeatures(self.config, self.data, self.division, network, self.runtime, epochs)
+        return self.features.prepare(self.threads, stop)
+
+    def open(self, phase: Phase, state: TrainState) -> tuple[Streamed | Resident, Any]:
         """What a phase trains on, and what it validates on. Collective."""
-        if self.caches(phase):
-            return self.open_features(network, state)
+        if self.features and self.caches(phase):
+            return self.open_features(self.features, state)
         with self.runtime.agree():
             return self.open_images(phase, state), self.val
 
@@ -121,12 +132,8 @@ class Inputs:
             for _ in track(title, range(count), count, "batches"):
                 yield next(stream).x
 
-    def open_features(self, network: Network, state: TrainState) -> tuple[Streamed, Any]:
-        """Training and validation batches of kept features, which are computed where they are missing. Collective."""
-        features = self.features = FrozenFeatures(
-            self.config, self.data, self.division, network, self.runtime
-        )
-        features.prepare(self.threads)
+    def open_features(self, features: FrozenFeatures, state: TrainState) -> tuple[Streamed, Any]:
+        """Training and validation batches of kept features."""
         dtype = self.runtime.amp or torch.float32
         stream = FeatureTrainStream(features, dtype, epoch=state.epoch, step=state.step_in_epoch)
         val = self.val if self.config.flip_average else FeatureEvalStream(features, dtype, self.share)

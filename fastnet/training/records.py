@@ -120,7 +120,9 @@ def is_recorded(run_dir: Path, kept: int) -> bool:
     try:
         return path.read_bytes()[kept:].endswith(b"\n")
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; restore it from a copy, or give another --run-dir") from error
+        raise InputError(
+            f"{path}: no such file; restore it from a copy, or give another --run-dir"
+        ) from error
 
 
 def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: dict[str, Any]) -> None:

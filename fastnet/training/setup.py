@@ -19,6 +19,8 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
     dtype = runtime.amp or torch.float32
     if config.compile:
         check_compiler(runtime.device)
+    if dtype is torch.bfloat16 and runtime.device.type == "cpu" and not has_bf16():
+        runtime.say("--precision bf16: this processor has no instructions for it; fp32 is many times as fast")
     return {
         "device": runtime.device.type,
         "ranks": runtime.world_size,
@@ -27,6 +29,12 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
         "cuda_graph": resolve_graph(config, runtime.device),
     }
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies in bf16. False only where that is known."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, True) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def resolve_graph(config: Config, device: torch.device) -> str:

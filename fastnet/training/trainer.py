@@ -77,8 +77,7 @@ class Trainer:
             return outcome(self.run_dir, self.state)
         with self.resources():
             while not self.state.done:
-                self.begin_phase()
-                if not self.train_epoch():
+                if not self.begin_phase() or not self.train_epoch():
                     return self.stop()
                 trained = self.epoch_record()
                 self.average_epochs()
@@ -124,15 +123,15 @@ class Trainer:
                 looked = is_recorded(self.run_dir, self.state.metrics_bytes)
         return self.runtime.from_main(looked)
 
-    def begin_phase(self) -> None:
+    def begin_phase(self) -> bool:
         """Freezes what the phase freezes and readies its training step, unless there is one for the phase and for the
-        size that its images have now."""
+        size that its images have now. Returns False after a signal to stop, which features are not waited for."""
         self.phase = self.phases[self.state.phase]
         config = replace(self.config, image_size=image_size(self.phase, self.state.phase_epoch))
         begun = None
         if self.running:
             if (self.running.phase, self.running.config) == (self.phase, config):
-                return
+                return True
             if self.state.in_phase:
                 begun = self.running.updates()
         elif self.saved and self.state.in_phase:
@@ -144,13 +143,16 @@ class Trainer:
         share_weights(self.network, self.runtime)  # each rank has batch norm statistics of its own until here
         self.evaluated.freeze(self.phase.frozen)
         self.network.train()
-        batches, self.val_stream = self.inputs.open(self.phase, self.network, self.state)
+        if not self.inputs.keep_features(self.phase, self.network, self.state, self.stop_signal):
+            return False
+        batches, self.val_stream = self.inputs.open(self.phase, self.state)
         parts = (self.network, self.evaluated.moving, batches, self.counter, begun, self.run_dir / "last.pt")
         self.running = RunningPhase(self.phase, config, self.runtime, *parts)
         if self.graphs != "off":
             outcome = self.running.capture()
             self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
             self.note(**{f"cuda_graph_{self.phase.name}": outcome})
+        return True
 
     def close_phase(self) -> None:
         if self.running:
@@ -251,7 +253,8 @@ class Trainer:
 
     def stop(self) -> dict[str, Any]:
         """Ends the session after a signal, with everything saved."""
-        self.save()
+        if self.running:  # else no step was made since the last checkpoint
+            self.save()
         self.finish()
         self.stop_signal.check_own(self.state.step)
         self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")

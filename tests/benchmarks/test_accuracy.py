@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fastnet.cli import SettingsParser
 from fastnet.config import Config, with_flags
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
+from fastnet.training.events import EpochEvent
 
 FLAGS = "sample --image-size 32 --batch-size 14 --epochs 1"
 TINY = Experiment(
@@ -33,6 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(accuracy, "OUT", tmp_path / "runs")
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setitem(accuracy_runs.EXPERIMENTS, "tiny", TINY)
+    from_file = Experiment("from a file", FLAGS, (Run("baseline", "--weights {weights}"),))
+    monkeypatch.setitem(accuracy_runs.EXPERIMENTS, "from-file", from_file)
     monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
     return tmp_path
 
@@ -50,8 +54,36 @@ def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capfd: pytest.Ca
     assert (folder / "accuracy-tiny.png").stat().st_size > 10_000
     assert "| average of baseline and lstm |" in capfd.readouterr().out
 
+    manifest = folder / "runs" / f"tiny-{rows[0]['set']}" / "baseline-0" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["sessions"][-1] |= {"git": "0123456789ab", "machine": "another"}
+    manifest.write_text(json.dumps(facts))
     accuracy.main(command)  # nothing is left to train
-    assert harness.read_csv(folder / "accuracy-tiny.csv")[0]["hours"] == rows[0]["hours"]
+    again = harness.read_csv(folder / "accuracy-tiny.csv")[0]
+    assert [again[key] for key in ("hours", "date")] == [rows[0][key] for key in ("hours", "date")]
+    assert (again["git"], again["machine"]) == ("0123456789ab", "another")
+
+
+def test_hours_of_an_epoch_in_two_sessions() -> None:
+    """The second of them knows of its own steps only."""
+    paces = [(10, 4.0), (20, 2.0)]
+    epochs = [
+        EpochEvent("full", n, step, 1.0, 0.5, 1.0, 0.5, 0.5, 10, images_per_s=pace, seconds=1.0)
+        for n, (step, pace) in enumerate(paces)
+    ]
+    assert accuracy.hours(epochs, batch_size=8) * 3600 == 10 * 8 / 4 + 10 * 8 / 2
+
+
+def test_a_set_with_too_few_classes(folder: Path, tiny_set: Path) -> None:
+    with pytest.raises(InputError, match=r"has 3 classes, of which ablation takes 25"):
+        accuracy.main(["ablation", "--data", str(tiny_set), "--weights", "FILE"])
+
+
+def test_a_path_may_have_spaces(folder: Path, tiny_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        accuracy.main(["from-file", "--data", str(tiny_set), "--weights", "no such file"])
+    assert ended.value.code == 2
+    assert "--weights no such file: no such" in capfd.readouterr().err
 
 
 @pytest.mark.slow

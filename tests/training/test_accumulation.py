@@ -57,7 +57,7 @@ def test_on_a_cpu_it_is_one(tiny_set: Path, tmp_path: Path, capsys: pytest.Captu
     assert session(tmp_path)["accumulate"] == load(tmp_path / "last.pt").config.accumulate == 1
     run_here(tiny_set, tmp_path, *FLAGS, "--accumulate", "1", "--max-steps", "2")
     assert "accumulate_reason" not in session(tmp_path)
-    with pytest.raises(InputError, match="started with accumulate 1 and not 2"):
+    with pytest.raises(InputError, match="started with --accumulate 1 and not 2"):
         run_here(tiny_set, tmp_path, *FLAGS, "--accumulate", "2")
 
 

@@ -17,7 +17,7 @@ from fastnet.config import Config
 from fastnet.errors import InputError
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
-from fastnet.training.checkpoint import load
+from fastnet.training.checkpoint import Updates, load, restore
 from tests.support.tiny import TINY
 
 
@@ -148,3 +148,16 @@ def test_weights_of_odd_kinds_are_named(tmp_path: Path) -> None:
         torch.save({**state, 0: 1, "conv1.weight": odd}, tmp_path / "odd.pth")
         with pytest.raises(InputError, match=r"conv1\.weight is"):
             load_backbone(network, 18, str(tmp_path / "odd.pth"))
+
+
+def test_adamw_begun_on_a_cpu_counts_its_steps_on_the_gpu_that_it_continues_on() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    begun, continued = (
+        torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], fused=True, capturable=on_gpu)
+        for on_gpu in (False, True)
+    )
+    weight.grad = torch.ones(2)
+    begun.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    restore(continued, scaler, Path("last.pt"), Updates(begun.state_dict(), {}))
+    assert continued.param_groups[0]["capturable"] and continued.state[weight]["step"] == 1

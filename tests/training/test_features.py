@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import subprocess
+import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,9 @@ from tests.support.tiny import refused, run_here, run_ranks
 
 # Two frozen epochs, and two with conv2 to conv4 frozen.
 FLAGS = ["--freeze", "conv4", "--log-every", "1"]
+TRAINED_THEN_FROZEN = (
+    "--network linear --head-freeze conv2 --head-epochs 1 --freeze conv4 --epochs 1 --ema 0.5"
+)
 # The frozen prefixes of the two phases are not the same.
 PHASES = 2
 
@@ -84,7 +93,7 @@ def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -
 def test_stages_frozen_after_they_trained(tiny_set: Path, tmp_path: Path) -> None:
     """They are the same on all ranks, whose batch norms saw other images, and in the average of the weights."""
     own = shutil.copytree(tiny_set, tmp_path / "set")
-    flags = "--network linear --head-freeze conv2 --head-epochs 1 --freeze conv4 --epochs 1 --ema 0.5".split()
+    flags = TRAINED_THEN_FROZEN.split()
     done = run_ranks(2, own, tmp_path / "run", *flags, "--cache-features", "1")
     assert done.returncode == 0, done.stderr
     assert len(list(own.glob("features/*"))) == PHASES
@@ -114,13 +123,81 @@ def test_a_linear_layer_reads_kept_features(tiny_set: Path, tmp_path: Path) -> N
     assert np.load(next(own.glob("features/*/0-0.npy"))).size == 42 * 1024
 
 
+@pytest.mark.slow
+def test_a_signal_is_heard_between_two_files(
+    own_set: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is trained then, and the same command continues, with what was computed."""
+    other = shutil.copytree(own_set, tmp_path / "set", ignore=shutil.ignore_patterns("features"))
+    write = features.atomic_write
+
+    @contextlib.contextmanager
+    def write_and_stop(path: Path, **words: str) -> Iterator[Path]:
+        with write(path, **words) as beside:
+            yield beside
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for begun in (0, 10):  # each of the two phases computes its own
+        with monkeypatch.context() as patch:
+            patch.setattr(features, "atomic_write", write_and_stop)
+            result = run_here(other, tmp_path / "run", *FLAGS, "--cache-features", "4")
+        assert (result["step"], result["done"]) == (begun, False)
+        done = run_here(other, tmp_path / "run", *FLAGS, "--cache-features", "4", "--max-steps", "10")
+        assert done["step"] == 10
+    run_here(other, tmp_path / "run", *FLAGS, "--cache-features", "4")
+    assert_same_end(tmp_path / "run", kept)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_one_line(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a set whose features need more room than is left once they are begun."""
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    folder = own / "features"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here (needs root)")
+    try:
+        flags = ["sample", "--data", own, "--run-dir", tmp_path / "run", "--network", "lstm"]
+        flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "1"]
+        line = refused(capsys, monkeypatch, *flags)
+        assert ": no space left on the disk; free some space, or use fewer draws" in line
+        assert not list(folder.glob("*/*")) and not list(folder.glob("*/.*"))
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_what_killed_runs_left_goes_in_time(own_set: Path, kept: Path, tmp_path: Path) -> None:
+    old, new = ((next(own_set.glob("features/*")) / f".0-0.npy.{name}.partial") for name in ("old", "new"))
+    for left in (old, new):
+        left.write_bytes(b"part")
+    hours_ago = time.time() - 2 * features.STALE
+    os.utime(old, (hours_ago, hours_ago))
+    run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "4")
+    assert new.exists() and not old.exists()
+    new.unlink()
+
+
+@pytest.mark.slow
+def test_no_draw_is_computed_that_no_epoch_sees(tiny_set: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    run_here(own, tmp_path / "run", "--head-epochs", "1", "--freeze", "conv5", "--cache-features", "9")
+    draws = sorted(sorted(file.stem for file in folder.iterdir()) for folder in own.glob("features/*"))
+    assert draws == [["0-0", "1-0", "2-0", "val-0"]]
+
+
 def test_a_disk_too_small_is_refused_first(
     own_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(free=1000))
     flags = ["sample", "--data", own_set, "--run-dir", tmp_path / "run", "--network", "lstm"]
-    flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "9"]
+    flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "9", "--cache-features", "9"]
     line = refused(capsys, monkeypatch, *flags)
     assert "--cache-features 9: takes" in line and "0.0 GB are free; use fewer draws" in line
     assert not any(file.name.startswith("8-") for file in own_set.glob("features/*/*"))

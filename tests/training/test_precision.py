@@ -60,3 +60,14 @@ def test_the_cpu_takes_bf16_only_if_asked() -> None:
     assert choose_precision("bf16", cpu) is torch.bfloat16
     with pytest.raises(InputError, match="--precision fp16: needs a GPU; use auto, fp32 or bf16 here"):
         choose_precision("fp16", cpu)
+
+
+def test_bf16_that_a_processor_lacks_is_said(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if not flags & {"x86_64", "lm"}:
+        pytest.skip("of other processors it is not known")
+    run_here(tiny_set, tmp_path, "--network", "baseline", "--precision", "bf16", "--max-steps", "1")
+    lacks = not flags & {"amx_bf16", "avx512_bf16"}
+    assert ("bf16: this processor has no instructions for it" in capsys.readouterr().err) == lacks

@@ -53,8 +53,11 @@ def test_bad_run_directories_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = [*TINY, "--data", tiny_set, "--run-dir"]
-    assert "started with network lstm and not baseline" in refused(
+    assert "started with --network lstm and not baseline" in refused(
         capsys, monkeypatch, *given, whole, "--network", "baseline"
+    )
+    assert "started with --flip 0.5 and not 0.25" in refused(
+        capsys, monkeypatch, *given, whole, "--flip", "0.25"
     )
     bad = tmp_path / "bad"
     bad.mkdir()
