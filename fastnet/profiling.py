@@ -45,6 +45,10 @@ class Window:
     def __exit__(self, *exception: object) -> None:
         self._close()
 
+    def moves_at(self, step: int) -> bool:
+        """Whether `at` would open or close the window; the same on all ranks."""
+        return (self.first <= step < self.last) != self.open
+
     def at(self, step: int) -> None:
         """Call it before the first step and after each step, with the number of steps done."""
         if self.first <= step < self.last and not self.open:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -152,41 +155,74 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
 def _join(timeout: float, device: str) -> Runtime:
     """Joins the process group: NCCL with one GPU per rank, or gloo on the CPU.
 
-    Raises InputError for a port in use, LostError if the ranks meet but cannot connect.
+    Raises InputError for a port in use and where some rank has no device, LostError if the ranks meet but cannot
+    connect.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    runtime = Runtime(choose_device(device, local_rank, local_world_size), rank, world_size)
-    if world_size > 1:
+    choose = partial(choose_device, device, local_rank, local_world_size)
+    if world_size == 1:
+        return Runtime(choose())
+    patience = timedelta(seconds=timeout)
+    runtime = Runtime(torch.device("cpu"), rank, world_size)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+        runtime.store = dist.PrefixStore(_attempt(), store)
+        if rank == 0:  # before the ranks meet; an earlier start may have left word
+            runtime.store.delete_key(MEMORY_FULL)
+        runtime.device = _agreed_device(choose, runtime.store, rank, world_size)
         on_gpu = runtime.device.type == "cuda"
-        patience = timedelta(seconds=timeout)
-        try:
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
-            runtime.store = dist.PrefixStore(_attempt(), store)
-            if rank == 0:  # before the ranks meet; an earlier start may have left word
-                runtime.store.delete_key(MEMORY_FULL)
-            dist.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                store=runtime.store,
-                rank=rank,
-                world_size=world_size,
-                device_id=runtime.device if on_gpu else None,
-                timeout=patience,
-            )
-            runtime.control = dist.new_group(backend="gloo", timeout=patience)
-        except dist.DistError as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).splitlines()[0]
-            if "EADDRINUSE" in str(error) or "already in use" in str(error):
-                reason = "the port is in use; choose another with --master_port"
-            raise InputError(f"{address}: the ranks cannot meet there: {reason}") from error
-        except RuntimeError as error:
-            if _is_of_the_group(error):
-                raise _lost(runtime, timeout, error) from error
-            raise
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=runtime.store,
+            rank=rank,
+            world_size=world_size,
+            device_id=runtime.device if on_gpu else None,
+            timeout=patience,
+        )
+        runtime.control = dist.new_group(backend="gloo", timeout=patience)
+    except dist.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        if "EADDRINUSE" in str(error) or "already in use" in str(error):
+            reason = "the port is in use; choose another with --master_port"
+        raise InputError(f"{address}: the ranks cannot meet there: {reason}") from error
+    except RuntimeError as error:
+        if _is_of_the_group(error):
+            raise _lost(runtime, timeout, error) from error
+        raise
     return runtime
+
+
+def _agreed_device(
+    choose: Callable[[], torch.device], store: dist.Store, rank: int, world_size: int
+) -> torch.device:
+    """This rank's device, once all have one of the same kind. The process group depends on it, so they say it in the
+    store. Raises InputError on every rank alike."""
+    problem = ""
+    try:
+        device = choose()
+    except InputError as error:
+        device, problem = torch.device("cpu"), str(error)
+    where = f"rank {rank} on {socket.gethostname()}"
+    store.set(f"device of {rank}", json.dumps([where, device.type, problem]))
+    said = [json.loads(store.get(f"device of {other}")) for other in range(world_size)]
+    failed = [(there, told) for there, _, told in said if told]
+    kinds = {kind: there for there, kind, _ in said}
+    if not failed and len(kinds) == 1:
+        return device
+    # The store may live in the process of rank 0.
+    store.set(f"heard by {rank}", "")
+    if rank == 0:
+        store.wait([f"heard by {other}" for other in range(world_size)])
+    if not failed:
+        raise InputError(
+            f"--device auto: {kinds['cuda']} has a GPU, {kinds['cpu']} has none; use hosts alike, or --device cpu"
+        )
+    there, told = failed[0]
+    raise InputError(told if len(failed) == world_size else f"{there}: {told}")
 
 
 def _attempt() -> str:

@@ -54,7 +54,8 @@ def compile_kernels(config: Config, runtime: Runtime, backend: str, stream: Any)
     try:
         with warmup.compiling() as counts:
             if backend == "triton":
-                warmup.launch_lstms(stages, dtype, runtime.device, share, needs_dx=config.epochs > 0)
+                deeper = any(phase.trains(config.read_stages[-1]) for phase in plan(config))
+                warmup.launch_lstms(stages, dtype, runtime.device, share, needs_dx=deeper)
             if isinstance(stream, DeviceTrainStream):
                 for size in sorted({size for phase in plan(config) for size in phase.sizes}):
                     launch_kernel(size, image_dtype("device", runtime), runtime.device)

@@ -29,6 +29,10 @@ class Phase:
     plateau_delta: float
     sizes: tuple[int, ...]
 
+    def trains(self, stage: str) -> bool:
+        """Whether the convolutions of a stage train."""
+        return self.frozen == "none" or self.frozen < stage
+
 
 def plan(config: Config) -> list[Phase]:
     """The phases of a run in their order: the head alone (section 4 of the paper), then the whole network."""

@@ -12,6 +12,7 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
+from fastnet.training.phases import plan
 
 
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -83,15 +84,20 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
     if share == 1 < fewest_images(config):
         raise InputError(
             f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which "
-            f"{config.read_stages[-1]} has a single value ({config.start_size or config.image_size} px), too few for "
-            "batch norm; use a larger batch, fewer ranks or parts, or larger images"
+            f"{config.read_stages[-1]} has a single value ({min(trained_sizes(config))} px), too few for batch norm; "
+            "use a larger batch, fewer ranks or parts, or larger images"
         )
 
 
 def fewest_images(config: Config) -> int:
     """How many images a micro-batch must have: batch norm takes no single value, which the last stage may have."""
-    side = (config.start_size or config.image_size) // config.stride(config.read_stages[-1])
-    return 2 if config.epochs and side == 1 else 1
+    sides = [size // config.stride(config.read_stages[-1]) for size in trained_sizes(config)]
+    return 2 if 1 in sides else 1
+
+
+def trained_sizes(config: Config) -> list[int]:
+    """Pixels of the images on which the last stage trains."""
+    return [size for phase in plan(config) if phase.trains(config.read_stages[-1]) for size in phase.sizes]
 
 
 def _memory(device: torch.device) -> int:

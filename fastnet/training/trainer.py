@@ -56,7 +56,8 @@ class Trainer:
         self, config: Config, data: PreparedSet, run_dir: Path, runtime: Runtime, lock: RunLock | None = None
     ) -> None:
         self.config, self.data, self.run_dir, self.runtime, self.lock = config, data, run_dir, runtime, lock
-        check_sizes(config, runtime)
+        with runtime.agree():
+            check_sizes(config, runtime)
         torch.manual_seed(config.seed)
         self.network = Network(config, len(data.classes))
         self.phases = plan(config)
@@ -172,7 +173,9 @@ class Trainer:
             while self.state.step_in_epoch < steps:
                 self.train_step()
                 progress.add()
-                self.window.at(self.state.step)
+                if self.window.moves_at(self.state.step):
+                    with self.runtime.agree():
+                        self.window.at(self.state.step)
                 if self.state.step % self.config.log_every == 0:
                     self.record("step", **self.interval_record())
                 at_end = self.state.step == self.config.max_steps
@@ -207,7 +210,9 @@ class Trainer:
     def look_at_val(self) -> None:
         """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
         best = self.run_dir / "best.pt"
-        with closing(self.inputs.open_val(self.data.splits["val"])) as stream:
+        with self.runtime.agree():
+            opened = self.inputs.open_val(self.data.splits["val"])
+        with closing(opened) as stream:
             val = evaluate_saved(
                 self.evaluated.network, best, track("val", stream, len(stream), "batches"), self.runtime
             )
@@ -215,13 +220,15 @@ class Trainer:
 
     def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:
         """Records the epoch, moves to the next one or the next phase, and saves."""
-        metrics_bytes = self.recorder.size()
         with self.runtime.agree():
+            before = self.recorder.size()
             self.recorder.epoch(self.title, trained, scores)
+            after = self.recorder.size()
+        metrics_bytes = before
         if self.state.step_in_epoch == self.inputs.steps_per_epoch:
             best = scores.top1 > self.state.best_top1
             finish_epoch(self.phases, self.state, scores.top1)
-            metrics_bytes = self.recorder.size()
+            metrics_bytes = after
         else:
             # A part of an epoch is no candidate for best.pt, and its record is cut off when the run continues: that
             # must end like a run that was never stopped.
@@ -231,7 +238,8 @@ class Trainer:
     def save(self, *, best: bool = False, metrics_bytes: int | None = None) -> None:
         """Saves all that is needed to continue from here. Raises InputError after a loss that was not finite."""
         self.state.totals = list(self.summed_totals())
-        self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
+        with self.runtime.agree():
+            self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
         check_weights(self.network, self.state.step)
         assert self.running
         optimizer, scaler = self.running.updates()

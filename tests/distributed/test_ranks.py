@@ -1,8 +1,10 @@
-"""Two ranks: which of them is first, and how they end when memory runs out."""
+"""Two ranks: which of them is first, and how they end when memory runs out or one has no device."""
 
 from __future__ import annotations
 
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,34 @@ def test_memory_that_runs_out_on_all_ranks_is_told_once() -> None:
         "first: 0 [True, True]",
         "first: 1 [False, True]",
     ]
+
+
+WITHOUT_DEVICE = """
+import os
+from pathlib import Path
+from fastnet.cli import run_command
+from fastnet.distributed import device
+from fastnet.distributed.ranks import joined
+
+def main(argv):
+    if os.environ["RANK"] in argv[1:]:  # a GPU's file, and no CUDA that works
+        device.NVIDIA_DEVICES = (Path(argv[0]), "nvidia[0-9]*")
+    with joined(10, "auto"):
+        raise AssertionError("the ranks met")
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("without", [("1",), ("0", "1")])
+def test_a_rank_without_a_device_is_told_at_once(without: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "nvidia0").touch()
+    commands = [[sys.executable, "-c", WITHOUT_DEVICE, str(tmp_path), *without]] * 2
+    ranks = start_ranks(commands, CUDA_VISIBLE_DEVICES="99")  # no machine has it
+    said = [line for rank in ranks for line in rank.communicate(timeout=60)[1].splitlines()]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    (line,) = said
+    where = f"rank 1 on {socket.gethostname()}: " if len(without) == 1 else ""
+    assert line.startswith(f"error: {where}--device auto: CUDA does not work")

@@ -93,3 +93,13 @@ def test_accumulate_auto_takes_what_the_fullest_rank_needs(tiny_set: Path, tmp_p
     assert [rank.returncode for rank in ranks] == [0, 0], said
     (session,) = read_manifest(tmp_path).sessions
     assert session["accumulate"] > 1
+
+
+def test_hosts_with_and_without_a_gpu(tiny_set: Path, tmp_path: Path) -> None:
+    train = ["-m", "fastnet.train", *FLAGS, "--data", str(tiny_set), "--run-dir", str(tmp_path)]
+    commands = [[sys.executable, *train], [sys.executable, "-m", "softgpu", "--devices", "2", *train]]
+    ranks = start_ranks(commands, PYTHONPATH=PATH)
+    said = [line for rank in ranks for line in rank.communicate(timeout=120)[1].splitlines()]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    (line,) = [line for line in said if line.startswith("error: ")]
+    assert line.startswith("error: --device auto: rank 1 on ") and "has none; use hosts alike" in line

@@ -40,6 +40,10 @@ def test_one_value_is_too_few_for_batch_norm() -> None:
         check_sizes(replace(config, image_size=64, start_size=32), Runtime(torch.device("cpu"), world_size=8))
     frozen = replace(config, head_epochs=1, epochs=0)
     check_sizes(frozen, Runtime(torch.device("cpu"), world_size=8))
+    only_head = replace(config, freeze="conv5")
+    check_sizes(only_head, Runtime(torch.device("cpu"), world_size=8))
+    with pytest.raises(InputError, match=r"conv5 has a single value \(32 px\)"):
+        check_sizes(replace(frozen, head_freeze="conv4"), Runtime(torch.device("cpu"), world_size=8))
     for network in ("linear", "lstm"):
         of_conv4 = replace(config, network=network, stages=("conv4",))
         check_sizes(of_conv4, Runtime(torch.device("cpu"), world_size=8))
