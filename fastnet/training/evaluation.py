@@ -15,6 +15,7 @@ from fastnet.metrics import Counter, Totals
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load
 from fastnet.training.parallel import share_weights
+from fastnet.training.phases import Phase
 
 
 @torch.inference_mode()
@@ -31,14 +32,12 @@ def evaluate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Tot
     return Totals(*runtime.sum_(counter.sums).tolist())
 
 
-def validate(network: Network, stream: Iterable[Batch], runtime: Runtime) -> Totals:
-    """The same with rank 0's weights. Raises InputError if a loss is not finite."""
+def validate(network: Network, stream: Iterable[Batch], runtime: Runtime, phase: Phase) -> Totals:
+    """The same with rank 0's weights, after an epoch of `phase`. Raises InputError if a loss is not finite."""
     share_weights(network, runtime)
     totals = evaluate(network, stream, runtime)
     if totals.not_finite:
-        raise InputError(
-            f"the validation loss of {totals.not_finite} images is not finite; lower --lr in another --run-dir"
-        )
+        raise InputError(f"the validation loss of {totals.not_finite} images is not finite; {phase.calmer}")
     return totals
 
 
@@ -52,12 +51,11 @@ def evaluate_saved(network: Network, path: Path, stream: Iterable[Batch], runtim
     return evaluate(network, stream, runtime)
 
 
-def check_weights(network: Network, step: int) -> None:
-    """Raises InputError, on every rank alike, if the last update left a weight that is not finite."""
+def check_weights(network: Network, step: int, phase: Phase) -> None:
+    """Raises InputError, on every rank alike, if the last update, in `phase`, left a weight that is not finite."""
     trained = [p for p in network.parameters() if p.requires_grad]
     # The ranks hold the same weights, so none needs to ask the others.
     if not torch.stack([p.detach().isfinite().all() for p in trained]).all():
         raise InputError(
-            f"the weights are not finite after step {step}; nothing of it was saved; lower --lr or --head-lr, or "
-            "lengthen --warmup, in another --run-dir"
+            f"the weights are not finite after step {step}; nothing of it was saved; {phase.calmer}"
         )

@@ -29,6 +29,12 @@ class Phase:
     plateau_delta: float
     sizes: tuple[int, ...]
 
+    @property
+    def calmer(self) -> str:
+        """What to do where its training diverges."""
+        flag = "--head-lr" if self.name == "head" else "--lr"
+        return f"lower {flag} {self.peak_lr:g}, or lengthen --warmup, in another --run-dir"
+
     def trains(self, stage: str) -> bool:
         """Whether the convolutions of a stage train."""
         return self.frozen == "none" or self.frozen < stage

@@ -205,7 +205,7 @@ class Trainer:
         """Loss, top-1 and top-5 over the validation split, each image counted once, with rank 0's weights, or with
         their average where there is one."""
         batches = track(f"{self.title}: validation", self.val_stream, len(self.val_stream), "batches")
-        return validate(self.evaluated.network, batches, self.runtime)
+        return validate(self.evaluated.network, batches, self.runtime, self.phase)
 
     def look_at_val(self) -> None:
         """The val split, which a run with --holdout has not seen, with the weights that were best on the holdout."""
@@ -240,7 +240,7 @@ class Trainer:
         self.state.totals = list(self.summed_totals())
         with self.runtime.agree():
             self.state.metrics_bytes = self.recorder.size() if metrics_bytes is None else metrics_bytes
-        check_weights(self.network, self.state.step)
+        check_weights(self.network, self.state.step, self.phase)
         assert self.running
         optimizer, scaler = self.running.updates()
         average = self.evaluated.average
@@ -350,8 +350,7 @@ class Trainer:
         totals = Totals(*self.runtime.sum_(self.counter.sums.clone()).tolist())
         if totals.not_finite:
             raise InputError(
-                f"the loss is not finite by step {self.state.step}; nothing of it was saved; lower --lr "
-                f"{self.config.lr:g} or --head-lr {self.config.head_lr:g}, or lengthen --warmup, in another --run-dir"
+                f"the loss is not finite by step {self.state.step}; nothing of it was saved; {self.phase.calmer}"
             )
         return totals
 
