@@ -75,6 +75,9 @@ class OneStream:
     def __init__(self, stream: Any, device: torch.device) -> None:
         self.batches, self.steps_per_epoch = Streamed(stream, device, lambda _: None), stream.steps_per_epoch
 
+    def keep_features(self, *_: Any) -> bool:
+        return True
+
     def open(self, *_: Any) -> tuple[Streamed, None]:
         return self.batches, None
 

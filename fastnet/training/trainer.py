@@ -66,6 +66,7 @@ class Trainer:
         self.running: RunningPhase | None = None
         self.counter = Counter(runtime.device)
         self.stopwatch = Stopwatch(runtime.device)
+        self.stop_signal = StopSignal(runtime)
 
     # --- the story
 
@@ -306,7 +307,7 @@ class Trainer:
                 )
             trace = run_dir / f"trace-rank{runtime.rank}.json"
             self.schedule = checkpoint.Schedule(config)
-            self.stop_signal = stack.enter_context(StopSignal(runtime))
+            stack.enter_context(self.stop_signal)
             self.recorder = stack.enter_context(recorder)
             self.window = stack.enter_context(Window(config.profile_window, runtime.device, trace))
             self.writer = stack.enter_context(checkpoint.Writer(run_dir / "last.pt", self.lock))
