@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -100,6 +101,8 @@ class TrainedNetwork:
                     parts.append(self.network(x).softmax(dim=1).cpu())
             return torch.cat(parts)
         files = [Path(file) for file in images]
+        if not files:
+            return torch.empty(0, len(self.run.classes))
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file}: no such file")
@@ -110,4 +113,5 @@ class TrainedNetwork:
 def load_run(run_dir: str | Path, checkpoint: str = "best", device: str = "auto") -> TrainedNetwork:
     """The network of a run directory, from its best or last checkpoint. Raises InputError if there is none."""
     runtime = single_process(device)
-    return TrainedNetwork(runs.load_run(Path(run_dir), runtime, checkpoint), runtime)
+    run = runs.load_run(Path(run_dir), runtime, checkpoint)
+    return TrainedNetwork(run, replace(runtime, amp=run.amp))

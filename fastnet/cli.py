@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import fastnet
 from fastnet.config import PRESETS, Augment, Config, as_text, flag_name
-from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full, printable, refused
+from fastnet.errors import InputError, LostError, MemoryFullError, printable, told
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -168,6 +169,8 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     is one line on stderr and exit code 2.
     """
     argv = sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file need not be text
     try:
         result = main(argv)
         if "--json" in argv and is_main_rank():
@@ -183,9 +186,10 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
             traceback.print_exc()
         sys.exit(f"error: {error}")
     except OSError as error:
-        if not is_disk_full(error):
+        line = told(error, "the output directory")
+        if line is None:
             raise
-        fail(str(refused(error, error.filename or "the output directory")), debug="--debug" in argv)
+        fail(str(line), debug="--debug" in argv)
     sys.exit(1 if result is not None and not result.get("ok", True) else 0)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import Parser, directory, run_command
+from fastnet.data.default import OFFICIAL
 from fastnet.diagnosis import kernels, pixels, ranks, software, storage
 from fastnet.diagnosis.findings import Check, Finding, examine
 from fastnet.errors import printable
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         prog="python -m fastnet.doctor",
         description="Checks this machine for training. Exit code 1 if something fails.",
     )
-    given = os.environ.get("FASTNET_DATA") or "data"
+    given = os.environ.get("FASTNET_DATA") or OFFICIAL
     parser.add_argument("--data", metavar="DIR", type=directory, default=Path(given), help="where data goes")
     parser.add_argument("--runs", metavar="DIR", type=directory, default=Path("runs"), help="where runs go")
     args = parser.parse_args(argv)

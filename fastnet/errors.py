@@ -45,6 +45,16 @@ def unreadable(error: OSError, path: Path | str) -> InputError:
     )
 
 
+def told(error: OSError, place: str) -> InputError | None:
+    """The one line of an error that a user can do something about: a full disk, a path that the system refuses; None
+    of others. `place` stands for a file whose name is not known."""
+    if is_disk_full(error):
+        return refused(error, error.filename or place)
+    if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        return unreadable(error, error.filename)
+    return None
+
+
 def printable(text: str) -> str:
     r"""The text with what a terminal should not get, or cannot show, as escapes such as \x1b.
 

@@ -20,7 +20,7 @@ from fastnet.exporting.card import card, facts_of, scores_at
 from fastnet.exporting.check import difference
 from fastnet.exporting.formats import FORMATS, Format
 from fastnet.exporting.plain import plain_network, plain_state
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, remove_leftovers
 from fastnet.inference.flags import add_run_flags, open_data
 from fastnet.inference.runs import TrainedRun, load_runs
 from fastnet.inference.scores import labelled_split
@@ -35,6 +35,8 @@ CHECKED = 16  # images of the validation split
 def check_place(out: Path, form: Format) -> None:
     """Raises InputError if `out` holds anything but an earlier export of this format, which is replaced."""
     try:
+        for name in (form.file, CARD):
+            remove_leftovers(out, name)
         there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise unreadable(error, out) from error
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if data.hash != run.data_hash:
         raise InputError(f"--data {data.path}: not the set that {args.run} was trained on; give that set")
 
-    scores = scores_at(args.run, run.step)
+    scores = scores_at(args.run, run.step, best=args.checkpoint == "best", holdout=run.config.holdout > 0)
     position = {"checkpoint": args.checkpoint, "step": run.step, "scores": scores}
     facts = facts_of(run.config, data, run.classes, run.words, position)
     run.network.flip_average = False  # the file gives the logits of an image as it is

@@ -1,7 +1,7 @@
 """The paper's figures 3 to 6: loss and accuracy in training and validation over the iterations.
 
-Reads only a run's metrics.jsonl. One picture has a column per run, on the same axes, so that networks can be compared
-at a glance. Lines differ by style and marker, not by colour.
+Reads a run's metrics.jsonl, and in manifest.json whether a holdout validated. One picture has a column per run, on the
+same axes, so that networks can be compared at a glance. Lines differ by style and marker, not by colour.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastnet.cli import Parser, run_command
+from fastnet.errors import printable
 from fastnet.files import atomic_write, short_names
-from fastnet.reporting.curves import QUANTITIES, Curves, draw_curves, read_curves
+from fastnet.reporting.curves import QUANTITIES, Curves, draw_curves, read_curves, validated_on
 
 
 def draw(runs: Sequence[Curves]) -> Figure:
@@ -27,7 +28,8 @@ def draw(runs: Sequence[Curves]) -> Figure:
     for column, curves in enumerate(runs):
         title = curves.name
         if curves.validation:
-            title += f": best validation top-1 {max(point[2] for point in curves.validation):.1%}"
+            best = max(point[2] for point in curves.validation)
+            title += f": best {validated_on(curves)} top-1 {best:.1%}"
         axes[0, column].set_title(title, fontsize=11, pad=title_pad, parse_math=False)
         for row, quantity in enumerate(QUANTITIES):
             axis = axes[row, column]
@@ -41,8 +43,12 @@ def draw(runs: Sequence[Curves]) -> Figure:
     axes[1, 0].set_ylabel("accuracy (top-1)")
     axes[1, 0].set_ylim(bottom=0)
     axes[1, 0].yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+    shown = {
+        label: handle
+        for axis in axes[0]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
     return figure
 
 
@@ -68,7 +74,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the pictures")
     args = parser.parse_args(argv)
 
-    runs = [read_curves(path, name) for path, name in zip(args.runs, short_names(args.runs), strict=True)]
+    names = [printable(name) for name in short_names(args.runs)]
+    runs = [read_curves(path, name) for path, name in zip(args.runs, names, strict=True)]
     files = save(draw(runs), args.out)
     for path in files:
         print(path)

@@ -74,13 +74,13 @@ def write_guesses(path: Path, guesses: Sequence[Guess]) -> None:
     """Writes a CSV table, or for a path that ends in .jsonl one JSON object per image."""
     with atomic_write(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
-            images: dict[str, list[dict[str, Any]]] = {}
+            images: list[dict[str, Any]] = []
             for guess in guesses:
+                if guess.rank == 1:
+                    images.append({"image": guess.image, "classes": []})
                 kept = {"class": guess.label, "name": guess.name, "probability": round(guess.probability, 6)}
-                images.setdefault(guess.image, []).append(kept)
-            file.writelines(
-                json.dumps({"image": image, "classes": best}) + "\n" for image, best in images.items()
-            )
+                images[-1]["classes"].append(kept)
+            file.writelines(json.dumps(image) + "\n" for image in images)
         else:
             writer = csv.writer(file)
             writer.writerow(("image", "rank", "class", "name", "probability"))

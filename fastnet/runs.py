@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 
 from fastnet.cli import Parser, run_command
 from fastnet.errors import InputError, printable
-from fastnet.training.events import EpochEvent, read_events
+from fastnet.training.events import EpochEvent, FinalEvent, read_events
 from fastnet.training.manifest import read_manifest
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the table says of a run. `state` is running, done, stopped, or damaged; what is not known is None."""
+    """What the table says of a run. `state` is running, done, stopped, or damaged; what is not known is None, such as
+    the best top-1 on val of a run with a holdout that is not done."""
 
     run: str
     network: str | None = None
@@ -42,17 +43,20 @@ def summarise(run_dir: Path) -> RunSummary:
     """Reads a run's manifest and metrics; a run that cannot be read is damaged."""
     try:
         manifest = read_manifest(run_dir)
-        epochs = [e for e in read_events(run_dir / "metrics.jsonl") if isinstance(e, EpochEvent)]
+        events = read_events(run_dir / "metrics.jsonl")
     except InputError:
         return RunSummary(str(run_dir), state="damaged")
     config = manifest.config
+    epochs = [event for event in events if isinstance(event, EpochEvent)]
+    # With a holdout, epochs know nothing of val.
+    on_val = [event for event in events if isinstance(event, FinalEvent)] if config.get("holdout") else epochs
     planned = sum(value for key in ("head_epochs", "epochs") if isinstance(value := config.get(key), int))
     finished = bool(manifest.sessions) and manifest.sessions[-1].get("done") is True
     return RunSummary(
         run=str(run_dir),
         network=str(config.get("network")),
         data=str(manifest.data.get("name")),
-        best_top1=max((event.val_top1 for event in epochs), default=None),
+        best_top1=max((event.val_top1 for event in on_val), default=None),
         epochs=len(epochs),
         epochs_planned=planned,
         images_per_s=epochs[-1].images_per_s if epochs else None,

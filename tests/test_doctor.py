@@ -97,6 +97,9 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
     assert "on a GPU it would need gcc" in kernels.compiler()
+    monkeypatch.setattr(kernels, "_architecture", lambda: (80, True))
+    with pytest.raises(Failed, match="compiles for sm_80, but its launchers need gcc"):
+        kernels.compiler()
 
 
 @pytest.mark.slow

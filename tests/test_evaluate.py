@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,38 @@ def test_without_data_it_takes_the_set_of_the_run(
         InputError, match=r"moved: was trained on .*gone, which is not there; give the set with --data"
     ):
         evaluate.main([str(moved)])
+
+
+def test_a_set_that_has_taken_the_place_of_the_runs_is_refused(
+    tiny_set: Path, set_without_test_split: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    """Its val split may have images that the run was trained on."""
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    manifest = run / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(tiny_set), str(set_without_test_split)))
+    with pytest.raises(InputError, match=r"run: was trained on another set than the one that is at .* now"):
+        evaluate.main([str(run)])
+
+
+def test_another_set_is_said(
+    set_without_test_split: Path, runs: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main([str(runs[0]), "--data", str(set_without_test_split)])
+    assert "baseline: was trained on another set than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, b"caf\xe9"], ids=["too long", "no text"])
+def test_odd_names_of_runs(name: str | bytes, tiny_set: Path, runs: list[Path], tmp_path: Path) -> None:
+    """What the file system refuses is one line; bytes that are no text are shown as escapes."""
+    run = tmp_path / os.fsdecode(name)
+    if isinstance(name, bytes):
+        shutil.copytree(runs[0], run)
+    command = [sys.executable, "-m", "fastnet.evaluate", str(run), "--data", str(tiny_set)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONUTF8": "1"}
+    )
+    if isinstance(name, bytes):
+        assert done.returncode == 0 and done.stdout.startswith("caf\\udce9 (best"), done.stderr
+    else:
+        assert done.returncode == 2 and "cannot be read (File name too long)" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -179,6 +179,28 @@ def test_a_checkpoint_from_within_an_epoch_has_no_scores(small_lstm: Path, tmp_p
     assert "| validation top-1 | not measured at this step |" in card and "model-index" not in card
 
 
+def test_a_run_with_a_holdout_tells_the_scores_on_val(tiny_set: Path, tmp_path: Path) -> None:
+    run = trained(tiny_set, tmp_path / "run", "--network", "baseline", "--holdout", "0.25")
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["event"] == "final" and final["val_count"] == 10
+    for checkpoint, told in (
+        ("best", f"| validation top-1 | {final['val_top1']:.4f} |"),
+        ("last", "not measured"),
+    ):
+        out = tmp_path / checkpoint
+        export.main([str(run), "--format", "safetensors", "--checkpoint", checkpoint, "--out", str(out)])
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert told in card and ("| validation images | 10 |" in card) == (checkpoint == "best")
+
+
+def test_what_a_killed_export_left_is_replaced(small_linear: Path, tmp_path: Path) -> None:
+    (tmp_path / ".model.safetensors.abc.partial").write_bytes(b"part")
+    export.main([str(small_linear), "--format", "safetensors", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "README.md"}
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "weights that others cannot read"
+
+
 @pytest.mark.slow
 def test_the_program_loads_with_torch_alone(small_lstm: Path, tmp_path: Path) -> None:
     export.main([str(small_lstm), "--format", "torch", "--out", str(tmp_path / "out")])

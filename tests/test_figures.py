@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -85,6 +86,23 @@ def test_picture_shows_both_runs_their_lines_and_the_start_of_phase_two(tmp_path
     assert words.count("phase two starts") == 2
     assert "baseline: best validation top-1 1.5%" in words
     assert "lstm: best validation top-1 2.0%" in words
+
+
+def test_what_a_holdout_validated_is_called_so(tmp_path: Path) -> None:
+    plain = write_run(tmp_path / "plain", head_epochs=0, epochs=2)
+    held = write_run(tmp_path / "held", head_epochs=0, epochs=2)
+    facts = {"config": {"holdout": 0.1}, "data": {}, "sessions": []}
+    (held / "manifest.json").write_text(json.dumps(facts))
+    main([str(plain), str(held), "--out", str(tmp_path / "out")])
+    said = texts(tmp_path / "out" / "training.svg")
+    assert "plain: best validation top-1 1.0%" in said and "held: best holdout top-1 1.0%" in said
+    assert {"training", "validation", "holdout"} <= set(said)
+
+
+def test_a_name_that_is_no_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / os.fsdecode(b"caf\xe9"), head_epochs=0, epochs=1)
+    main([str(run), "--out", str(tmp_path / "out")])
+    assert any(text.startswith(r"caf\udce9: best") for text in texts(tmp_path / "out" / "training.svg"))
 
 
 def test_lines_differ_without_colour(tmp_path: Path) -> None:

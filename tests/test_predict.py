@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from fastnet import ensemble, predict
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
+from fastnet.inference.images import images_as_split
 from tests.support.official import jpeg
 
 
@@ -131,7 +133,7 @@ def test_files_of_other_formats_and_a_list_on_standard_input(
     for name, image in (("a", picture), ("b", palette.convert("RGB")), ("c", grey)):
         image.save(tmp_path / f"{name}.png")
     files = [tmp_path / name for name in ("a.png", "a.webp", "b.png", "b.gif", "c.png", "c.tif")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{file}\n" for file in files)))
+    monkeypatch.setattr("sys.stdin", standard_input("".join(f"{file}\n" for file in files).encode()))
     out = tmp_path / "table.jsonl"
     predict.main([str(runs[0]), "--images", "-", "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -140,6 +142,45 @@ def test_files_of_other_formats_and_a_list_on_standard_input(
         assert png["classes"] == other["classes"]
     listed = predict.main([str(runs[0]), "--images", str(tmp_path), str(files[0])])
     assert listed["count"] == 7
+
+
+def standard_input(content: bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
+def test_an_empty_list_on_standard_input(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", standard_input(b"\n"))
+    with pytest.raises(InputError, match="--images -: standard input names no file"):
+        predict.main([str(runs[0]), "--images", "-"])
+
+
+def test_names_that_are_no_text(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    image.write_bytes(jpeg(0))
+    monkeypatch.setattr("sys.stdin", standard_input(os.fsencode(image) + b"\n"))
+    predict.main([str(runs[0]), "--images", "-", "--out", str(tmp_path / "a.csv")])
+    assert r"caf\xe9.jpg,1," in (tmp_path / "a.csv").read_text(encoding="utf-8")
+
+
+def test_an_image_named_twice_has_two_lines(runs: list[Path], tmp_path: Path) -> None:
+    image, out = tmp_path / "a.jpg", tmp_path / "out.jsonl"
+    image.write_bytes(jpeg(0))
+    predict.main([str(runs[0]), "--images", str(image), str(image), "--out", str(out)])
+    first, second = out.read_text().splitlines()
+    assert first == second and len(json.loads(first)["classes"]) == 3
+
+
+def test_pixels_of_16_bits_are_scaled_and_those_of_32_refused(runs: list[Path], tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "a.png")
+    deep, plain = images_as_split([tmp_path / "a.tif", tmp_path / "a.png"]), io.BytesIO()
+    one, other = (Image.open(io.BytesIO(deep.jpeg(i).tobytes())).convert("RGB") for i in range(2))
+    assert np.array_equal(np.asarray(one), np.asarray(other))
+    Image.fromarray((values / 65535).astype(np.float32)).save(plain, "TIFF")
+    (tmp_path / "b.tif").write_bytes(plain.getvalue())
+    with pytest.raises(InputError, match=r"b\.tif is neither JPEG nor PNG; remove or convert it"):
+        predict.main([str(runs[0]), "--images", str(tmp_path / "b.tif")])
 
 
 def test_names_cannot_steer_the_terminal() -> None:

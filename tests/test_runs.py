@@ -46,3 +46,16 @@ def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == f"{tmp_path}: no runs below it\n"
     with pytest.raises(InputError, match="nowhere: no such directory"):
         command.main([str(tmp_path / "nowhere")])
+
+
+def test_a_holdout_is_not_val(runs: list[Path], tmp_path: Path) -> None:
+    """Its scores are not beside those of other runs, only the look at val is."""
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["holdout"] = 0.25
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert command.main([str(tmp_path)])["runs"][0]["best_top1"] is None
+    scores = {"val_loss": 1.0, "val_top1": 0.375, "val_top5": 0.5, "val_count": 8}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "final", "step": 3, **scores}) + "\n")
+    assert command.main([str(tmp_path)])["runs"][0]["best_top1"] == 0.375

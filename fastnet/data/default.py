@@ -9,6 +9,8 @@ from pathlib import Path
 from fastnet.data.prepared import PreparedSet, open_set
 from fastnet.errors import printable
 
+OFFICIAL = Path("data/tiny-imagenet")
+
 
 def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     """Opens the set to use, and says on stderr which it is and why.
@@ -18,7 +20,7 @@ def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     Raises InputError as `open_set` does.
     """
     environment = os.environ.get("FASTNET_DATA")
-    official, sample = Path("data/tiny-imagenet"), Path("data/sample")
+    official, sample = OFFICIAL, Path("data/sample")
     if choice is not None:
         path = choice
     elif environment:

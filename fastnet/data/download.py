@@ -8,6 +8,7 @@ import urllib.request
 from pathlib import Path
 
 from fastnet.data.entries import OFFICIAL_MD5, OFFICIAL_SIZE, file_md5
+from fastnet.data.lock import exclusive
 from fastnet.errors import InputError, is_disk_full, refused
 from fastnet.progress import Progress
 
@@ -28,10 +29,14 @@ def download(
         return target
     part = target.with_name(target.name + ".part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
+        with exclusive(part):  # another process may be at it
+            return target if target.exists() else _download(target, part, address, size, md5)
     except OSError as error:
         raise refused(error, part) from error
+
+
+def _download(target: Path, part: Path, address: str, size: int, md5: str) -> Path:
+    part.touch()
     try:
         if part.stat().st_size < size:
             fetch(part, address, size)

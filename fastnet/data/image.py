@@ -23,6 +23,9 @@ MAX_SCANS = (
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 FILL = re.compile(rb"\xff*")
+MARKER = re.compile(
+    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
+)  # of a segment or the end; what else is in a scan is no marker
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 (ITU-T T.81, table B.1)
 
@@ -85,9 +88,24 @@ def check_header(image: bytes, height: int, width: int) -> int:
     *found, components = read_header(image)
     if found != [height, width]:
         raise BadImage(f"is {found[1]} x {found[0]} pixels, but recorded as {width} x {height}")
-    if image.count(JPEG_SCAN) > MAX_SCANS:
+    # The bytes may stand for something else, or behind the image's end.
+    if image.count(JPEG_SCAN) > MAX_SCANS and _jpeg_scans(image)[0] > MAX_SCANS:
         raise BadImage(f"is a bad image (it has more than {MAX_SCANS} scans); get it again or remove it")
     return components
+
+
+def _jpeg_scans(image: bytes) -> tuple[int, bool]:
+    """How many scans a JPEG has, and whether its end comes behind them. Phones put other data behind the end."""
+    scans, at = 0, 2
+    while found := MARKER.search(image, at):
+        if found[0] == JPEG_END:
+            return scans, scans > 0
+        scans += found[0] == JPEG_SCAN
+        at = found.end()
+        if len(image) < at + 2:
+            break
+        at += struct.unpack_from(">H", image, at)[0]
+    return scans, False
 
 
 class Examiner:
@@ -162,6 +180,7 @@ def _examine_by_pil(image: bytes) -> tuple[int, int]:
     except Exception as error:  # PIL's decoders raise all kinds of errors on bad data
         raise BadImage(f"is a bad image ({error}); get it again or remove it") from None
     # PIL takes a file whose end is missing or zeroed, which DALI may not.
-    if b"IEND" not in image[-16:] if png else image.rfind(JPEG_END) <= image.rfind(JPEG_SCAN):
+    whole = image.rfind(b"IEND") > image.rfind(b"IDAT") if png else _jpeg_scans(image)[1]
+    if not whole:
         raise BadImage("is a truncated image (its end is missing); get it again or remove it")
     return size

@@ -228,6 +228,8 @@ def open_split(name: str, path: Path, entry: SplitMeta, classes: int) -> Split:
         table, bounds = read_table(path, buffer, entry.count)
     except InputError:
         raise
+    except PermissionError as error:
+        raise unreadable(error, path) from error
     except Exception as error:  # pyarrow raises all kinds of errors on bad data
         raise damaged(path, str(error)) from error
     labels = table.column("label").to_numpy()

@@ -37,10 +37,11 @@ def compiler() -> str:
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32))
     if not made.asm["cubin"]:
         raise Failed(f"Triton makes no machine code for sm_{arch}")
-    if not found and not _c_compiler():
-        return (
-            f"compiles for sm_{arch}; on a GPU it would need gcc and Python's headers, which are not all here"
-        )
+    if not _c_compiler():
+        missing = "gcc and Python's headers, which are not all here"
+        if found:
+            raise Failed(f"compiles for sm_{arch}, but its launchers need {missing}")
+        return f"compiles for sm_{arch}; on a GPU it would need {missing}"
     return f"compiles for sm_{arch}{'' if found else ', as an example'}; C compiler {_c_compiler()}"
 
 
@@ -104,6 +105,9 @@ def _architecture() -> tuple[int, bool]:
 
 def _c_compiler() -> str:
     """Its name, if Python's headers are there too, without which it is of no use."""
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    scheme = sysconfig.get_default_scheme()
+    # As Triton takes them: Debian's scheme for what its users install has no headers.
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    headers = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
     named = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or ""
     return named if headers.exists() else ""

@@ -87,6 +87,21 @@ def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[choice]
 
 
+def nearest_precision(choice: str, device: torch.device) -> torch.dtype | None:
+    """The same for a network that may have been trained elsewhere: what `--precision` means here, else auto."""
+    slow = choice == "bf16" and device.type == "cpu" and not has_bf16()
+    try:
+        return choose_precision("auto" if slow else choice, device)
+    except InputError:
+        return choose_precision("auto", device)
+
+
+def has_bf16() -> bool:
+    """Whether this processor multiplies in bf16. False only where that is known."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, True) for name in ("amx_bf16", "avx512_bf16"))
+
+
 def threads_per_rank() -> int:
     """The cores that this process may use, shared among the ranks of this machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

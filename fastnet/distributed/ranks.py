@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastnet.distributed.device import choose_device, choose_precision
-from fastnet.errors import InputError, LostError, MemoryFullError, is_disk_full, refused
+from fastnet.errors import InputError, LostError, MemoryFullError, told
 
 T = TypeVar("T")
 
@@ -69,7 +69,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def agree(self) -> Iterator[None]:
-        """Ends on every rank alike: an InputError or a full disk inside the block on one rank is raised on all of them.
+        """Ends on every rank alike: an InputError inside the block on one rank is raised on all of them, and so is an
+        OSError that `errors.told` makes one of.
 
         The ranks may do different things in the block, but no collective operation. A rank that failed itself
         raises its own error, with its traceback; the others raise the message of the first rank that failed.
@@ -80,9 +81,9 @@ class Runtime:
         except InputError as error:
             own = error
         except OSError as error:
-            if not is_disk_full(error):
+            own = told(error, "the run directory")
+            if own is None:
                 raise
-            own = refused(error, error.filename or "the run directory")
             own.__cause__ = error
         problem = self.first_of(str(own) if own else None)
         if own:
@@ -144,9 +145,9 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
         except BaseException as error:
             leave.pop_all()
             if _is_of_the_group(error) and _heard_of_full_memory(runtime):
-                told = MemoryFullError(f"rank {runtime.rank}: another rank's memory is full")
-                told.told = True
-                raise told from error
+                full = MemoryFullError(f"rank {runtime.rank}: another rank's memory is full")
+                full.told = True
+                raise full from error
             if runtime.world_size > 1 and _is_of_the_group(error):
                 raise _lost(runtime, timeout, error) from error
             raise
@@ -209,7 +210,7 @@ def _agreed_device(
     where = f"rank {rank} on {socket.gethostname()}"
     store.set(f"device of {rank}", json.dumps([where, device.type, problem]))
     said = [json.loads(store.get(f"device of {other}")) for other in range(world_size)]
-    failed = [(there, told) for there, _, told in said if told]
+    failed = [(there, why) for there, _, why in said if why]
     kinds = {kind: there for there, kind, _ in said}
     if not failed and len(kinds) == 1:
         return device
@@ -221,8 +222,8 @@ def _agreed_device(
         raise InputError(
             f"--device auto: {kinds['cuda']} has a GPU, {kinds['cpu']} has none; use hosts alike, or --device cpu"
         )
-    there, told = failed[0]
-    raise InputError(told if len(failed) == world_size else f"{there}: {told}")
+    there, why = failed[0]
+    raise InputError(why if len(failed) == world_size else f"{there}: {why}")
 
 
 def _attempt() -> str:

@@ -27,7 +27,7 @@ from fastnet.exporting.plain import (
     lstm_sizes,
 )
 from fastnet.input.draws import MEAN, STD
-from fastnet.training.events import EpochEvent, read_events
+from fastnet.training.events import EpochEvent, FinalEvent, read_events
 
 TITLES = {"torch": "a torch.export program", "onnx": "ONNX", "safetensors": "safetensors weights"}
 # Rounds as evaluation does, which resizes the shorter side and cuts out the centre.
@@ -36,7 +36,7 @@ def preprocess(path):
     """An image file as [1, 3, S, S] float32."""
     size, resize = facts["input"]["image_size"], facts["input"]["resize"]
     image = ImageOps.fit(Image.open(path).convert("RGB"), (resize, resize), Image.Resampling.BILINEAR)
-    edge = (resize - size) // 2
+    edge = round((resize - size) / 2)
     pixels = np.asarray(image.crop((edge, edge, edge + size, edge + size)), np.float32) / 255
     normalised = (pixels - facts["input"]["mean"]) / facts["input"]["std"]
     return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], np.float32)
@@ -82,17 +82,21 @@ def facts_of(
     }
 
 
-def scores_at(run_dir: Path, step: int) -> dict[str, Any]:
-    """The scores of the validation after `step` steps, from metrics.jsonl; empty if there was none."""
-    for event in read_events(run_dir / "metrics.jsonl"):
-        if isinstance(event, EpochEvent) and event.step == step:
-            return {
-                "top1": event.val_top1,
-                "top5": event.val_top5,
-                "loss": event.val_loss,
-                "count": event.val_count,
-            }
-    return {}
+def scores_at(run_dir: Path, step: int, *, best: bool, holdout: bool) -> dict[str, Any]:
+    """The scores on the val split after `step` steps, from metrics.jsonl; empty if there are none.
+
+    A run with a holdout has them of its best weights alone.
+    """
+    events = read_events(run_dir / "metrics.jsonl")
+    scored: list[EpochEvent | FinalEvent] = [
+        e for e in events if isinstance(e, EpochEvent) and e.step == step
+    ]
+    if holdout:
+        scored = [e for e in events if isinstance(e, FinalEvent) and best]
+    if not scored:
+        return {}
+    last = scored[-1]
+    return {"top1": last.val_top1, "top5": last.val_top5, "loss": last.val_loss, "count": last.val_count}
 
 
 def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked: Difference) -> str:

@@ -111,7 +111,7 @@ def read_onnx(path: Path, blank: nn.Module) -> Loaded:
 def write_safetensors(network: nn.Module, image_size: int, facts: str, path: Path) -> None:
     safetensors = load_extra("safetensors.torch", "--format safetensors")
     # Hub libraries look at `format`.
-    safetensors.save_file(network.state_dict(), path, metadata={"format": "pt", FACTS: facts})
+    path.write_bytes(safetensors.save(network.state_dict(), metadata={"format": "pt", FACTS: facts}))
 
 
 def read_weights(path: Path, blank: nn.Module) -> Loaded:

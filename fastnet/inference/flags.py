@@ -32,10 +32,17 @@ def add_inference_flags(parser: Parser) -> None:
 
 
 def open_data(choice: Path | None, run_dir: Path) -> PreparedSet:
-    """The set of --data, else the one that the run was trained on. Raises InputError if that is no longer there."""
+    """The set of --data, else the one that the run was trained on. Raises InputError if that is no longer there, or
+    another one in its place, whose val split may have images that the run was trained on."""
     if choice is not None:
         return default_set(choice)
-    path = Path(str(read_manifest(run_dir).data.get("path")))
+    recorded = read_manifest(run_dir).data
+    path = Path(str(recorded.get("path")))
     if not path.exists():
         raise InputError(f"{run_dir}: was trained on {path}, which is not there; give the set with --data")
-    return default_set(path, why=f"that of {run_dir}")
+    data = default_set(path, why=f"that of {run_dir}")
+    if data.hash != recorded.get("hash"):
+        raise InputError(
+            f"{run_dir}: was trained on another set than the one that is at {path} now; give a set with --data"
+        )
+    return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fastnet.data.entries import natural
+from fastnet.data.entries import natural, readable
 from fastnet.data.image import BadImage, Examiner, header_size
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
@@ -32,7 +33,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if str(path) == "-":
-            files += [Path(line) for line in sys.stdin.read().splitlines() if line]
+            lines = [line for line in sys.stdin.buffer.read().splitlines() if line]  # names need not be text
+            if not lines:
+                raise InputError("--images -: standard input names no file")
+            files += [Path(os.fsdecode(line)) for line in lines]
         elif path.is_dir():
             below = sorted(_images_below(path), key=lambda file: natural(str(file)))
             if not below:
@@ -57,8 +61,8 @@ def _images_below(folder: Path) -> Iterable[Path]:
 def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
     """The images as a split without labels, encoded and held in memory. Names are relative to `folder`, if given.
 
-    JPEG and PNG files are taken as they are; files of the other `FORMATS` are turned into an RGB PNG, without loss.
-    Raises InputError naming the images that cannot be decoded.
+    JPEG and PNG files are taken as they are; files of the other `FORMATS` are turned into an RGB PNG, of 16 bits a
+    pixel the upper 8. Raises InputError naming the images that cannot be decoded, such as those of 32 bits a pixel.
     """
     images: list[bytes] = []
     sizes: list[tuple[int, int]] = []
@@ -82,7 +86,9 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
         path=folder or Path(),
         labels=np.full(len(images), -1, np.int64),
         sizes=np.array(sizes, np.int32),
-        table=pa.table({"name": [str(file.relative_to(folder) if folder else file) for file in files]}),
+        table=pa.table(
+            {"name": [readable(str(file.relative_to(folder) if folder else file)) for file in files]}
+        ),
         mapped=np.frombuffer(b"".join(images), np.uint8),
         bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
     )
@@ -99,6 +105,10 @@ def _encoded(file: Path) -> bytes:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.format in ("JPEG", "PNG"):
+                return data
+            if picture.mode.startswith("I;16"):  # PIL would cut off at 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            elif picture.mode in ("I", "F"):
                 return data
             buffer = io.BytesIO()
             picture.convert("RGB").save(buffer, "PNG", compress_level=1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fastnet.config import Config
 from fastnet.data.prepared import PreparedSet
+from fastnet.distributed.device import nearest_precision
 from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime
-from fastnet.errors import InputError
+from fastnet.errors import InputError, printable
 from fastnet.files import short_names
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load, load_model
@@ -18,7 +22,8 @@ from fastnet.training.checkpoint import load, load_model
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A trained network: `network` is in evaluation mode on the runtime's device."""
+    """A trained network: `network` is in evaluation mode on the runtime's device, and computes in `amp` as in its
+    validation while it was trained, where this device can."""
 
     config: Config
     network: Network
@@ -26,6 +31,7 @@ class TrainedRun:
     words: list[str]
     step: int
     data_hash: str
+    amp: torch.dtype | None
 
 
 def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun:
@@ -43,7 +49,8 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     load_model(network, path, saved.result)
     with memory_for(f"{run_dir}: its network", runtime.device, "free some of it, or use --device cpu"):
         network.to(runtime.device).eval()
-    return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash)
+    amp = nearest_precision(config.precision, runtime.device)
+    return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash, amp)
 
 
 def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[str, TrainedRun]:
@@ -59,9 +66,14 @@ def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[st
 
 
 def check_set(data: PreparedSet, runs: dict[str, TrainedRun]) -> None:
-    """Raises InputError unless the set has the classes of the runs, which `load_runs` has compared with each other."""
+    """Raises InputError unless the set has the classes of the runs, which `load_runs` has compared with each other.
+    Names on stderr the runs that were trained on another set, and so perhaps on these images."""
     name, run = next(iter(runs.items()))
     check_classes(f"set {data.path}", data.classes, f"run {name}", run.classes)
+    for name, run in runs.items():
+        if run.data_hash != data.hash:
+            line = f"{name}: was trained on another set than {data.path}, perhaps on images of its val split"
+            print(printable(line), file=sys.stderr)
 
 
 def check_classes(one: str, classes: Sequence[str], other: str, others: Sequence[str]) -> None:

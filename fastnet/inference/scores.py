@@ -6,6 +6,7 @@ Shapes: R runs, N images of the split, K classes, S image size.
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ MAX_PIXELS = 1 << 26  # decoded at once; 200 MB, which DALI holds up to three ti
 @torch.inference_mode()
 def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, title: str = "") -> Tensor:
     """Logits [N, K] float32 on the CPU, in the split's order. Raises InputError if any is not finite."""
+    runtime = replace(runtime, amp=run.amp)
     decode = resolve_decode("auto", runtime.device)
     largest = int(split.sizes.astype(np.int64).prod(axis=1).max())
     batch_size = min(batch_size, max(1, MAX_PIXELS // largest))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,16 +67,18 @@ def decoded_bytes(split: Split) -> int:
     return int(_image_bytes(split).sum())
 
 
-def why_not_decoded(split: Split) -> str | None:
-    """Why there is no file of the split's decoded images and none can be written; None where there is or can."""
-    path = split.path.with_suffix(".raw")
-    if path.exists():
-        return None
-    if not os.access(path.parent, os.W_OK):
-        return f"{path} is missing and cannot be written"
-    free = shutil.disk_usage(path.parent).free
-    if decoded_bytes(split) > free:
-        return f"{path} would take {decoded_bytes(split) / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
+def why_not_decoded(splits: Sequence[Split]) -> str | None:
+    """Why some of a set's splits have no file of decoded images and cannot get one; None where all have or can."""
+    missing = {path: split for split in splits if not (path := split.path.with_suffix(".raw")).exists()}
+    for path in missing:
+        if not os.access(path.parent, os.W_OK):
+            return f"{path} is missing and cannot be written"
+    needed = sum(map(decoded_bytes, missing.values()))
+    for path in list(missing)[:1]:
+        free = shutil.disk_usage(path.parent).free
+        if needed > free:
+            files = " and ".join(map(str, missing))
+            return f"{files} would take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"
     return None
 
 
@@ -93,6 +95,9 @@ def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> N
         file.write(header)
         for image in track(f"decoding {split.name}", _decoded(split, threads), len(split), "images"):
             file.write(image.data)
+        # Else a crash of the machine could leave a file of the right size with zeros for images.
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _decoded(split: Split, threads: int) -> Iterator[np.ndarray]:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from fastnet.errors import InputError
 from fastnet.training.events import EpochEvent, PhaseEvent, StepEvent, read_events
+from fastnet.training.manifest import read_manifest
 
 QUANTITIES = ("loss", "top-1")
 STYLES: dict[str, dict[str, Any]] = {
@@ -20,9 +21,11 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Curves:
-    """What the figures show of one run; a point is (step, loss, top-1 as a fraction)."""
+    """What the figures show of one run; a point is (step, loss, top-1 as a fraction). `split` is what validated: val,
+    or a holdout of train."""
 
     name: str
+    split: str = "val"
     phase_two: int | None = None
     training: list[tuple[float, float, float]] = field(default_factory=list)
     validation: list[tuple[float, float, float]] = field(default_factory=list)
@@ -32,7 +35,7 @@ class Curves:
 def read_curves(run_dir: Path, name: str) -> Curves:
     """Reads a run's metrics.jsonl. Raises InputError, naming file and line, where it is damaged or empty."""
     path = run_dir / "metrics.jsonl"
-    curves = Curves(name)
+    curves = Curves(name, "holdout" if _has_holdout(run_dir) else "val")
     for event in read_events(path):
         if isinstance(event, EpochEvent):
             curves.epochs.append(event)
@@ -48,6 +51,18 @@ def read_curves(run_dir: Path, name: str) -> Curves:
     return curves
 
 
+def validated_on(curves: Curves) -> str:
+    """What the curve of validation is called."""
+    return "validation" if curves.split == "val" else curves.split
+
+
+def _has_holdout(run_dir: Path) -> bool:
+    try:
+        return bool(read_manifest(run_dir).config.get("holdout"))
+    except InputError:  # the records alone can be drawn, too
+        return False
+
+
 def draw_curves(
     axis: Axes, curves: Curves, quantity: str, styles: dict[str, dict[str, Any]] = STYLES
 ) -> None:
@@ -58,7 +73,7 @@ def draw_curves(
         axis.plot(
             [point[0] for point in points],
             [point[column] for point in points],
-            label=label,
+            label=validated_on(curves) if label == "validation" else label,
             gid=f"{curves.name} {quantity} {label}",
             **style,
         )

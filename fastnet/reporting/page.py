@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.metrics import Totals
-from fastnet.reporting.curves import Curves
+from fastnet.reporting.curves import Curves, validated_on
 from fastnet.reporting.mistakes import (
     Mistake,
     class_results,
@@ -114,6 +114,8 @@ def run_section(data: PreparedSet, split: Split, run: RunResult, tops: tuple[flo
         "other_set": run.manifest.data.get("hash") != data.hash,
         "charts": {**curve_charts(run.curves, tops), **speed_charts(epochs, run.name)},
         "epochs": epochs,
+        "split": run.curves.split,
+        "validated_on": validated_on(run.curves),
         "speed": speed(epochs),
         "classes": class_results(matrix),
         "pairs": confused_pairs(matrix, PAIRS),

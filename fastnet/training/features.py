@@ -116,7 +116,9 @@ class FrozenFeatures:
 
         Raises InputError if the disk has no room for them, before the first one.
         """
-        missing = {path: what for path, what in self.files().items() if not path.exists()}
+        files = self.files()
+        # By one rank's look: other runs may be making the same files meanwhile.
+        missing = {path: files[path] for path in self.runtime.from_main([p for p in files if not p.exists()])}
         with self.runtime.agree():
             if self.runtime.is_main:
                 remove_leftovers(self.folder, older=STALE)

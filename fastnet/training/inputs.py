@@ -54,6 +54,8 @@ class Inputs:
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
         self.steps_per_epoch = len(self.division.train_images) // config.batch_size
         self.share = config.micro_batch(runtime.world_size)
+        if config.holdout:  # the look at the end must not fail then, after hours
+            self.open_val(data.splits["val"]).close()
         self.val = self.open_val(self.division.val, self.division.val_images)
         self.images: TrainStream | DeviceTrainStream | None = None
         self.images_spec: InputSpec | None = None

@@ -54,8 +54,7 @@ def _obstacle(config: Config, splits: Sequence[Split], runtime: Runtime, share: 
         return "this GPU is older than compute capability 8.0"
     if _bytes(splits) > share * _free(device):
         return f"the decoded set takes {_needed(splits, device)}, over {share:.0%}"
-    reasons = (why_not_decoded(split) for split in splits)
-    return next((reason for reason in reasons if reason), None) or why_not_compiled(
+    return why_not_decoded(splits) or why_not_compiled(
         config.image_size, image_dtype("device", runtime), device
     )
 

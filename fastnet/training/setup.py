@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastnet.config import Config
-from fastnet.distributed.device import threads_per_rank
+from fastnet.distributed.device import has_bf16, threads_per_rank
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.network.network import lstm_backend
@@ -30,12 +30,6 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
         "cuda_graph": resolve_graph(config, runtime.device),
     }
-
-
-def has_bf16() -> bool:
-    """Whether this processor multiplies in bf16. False only where that is known."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, True) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def resolve_graph(config: Config, device: torch.device) -> str:

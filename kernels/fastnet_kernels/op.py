@@ -94,7 +94,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequence[Stage]) -> None:
-    """Raises ValueError unless there is one feature map per stage and its shape is the stage's."""
+    """Raises ValueError unless there are one feature map and one set of weights per stage, of the stage's shapes and on
+    one device."""
     if len(features) != len(stages) or len(weights) != len(stages):
         raise ValueError(f"{len(stages)} stages need as many feature maps, got {len(features)}")
     for n, (x, s) in enumerate(zip(features, stages, strict=True)):
@@ -105,6 +106,14 @@ def check(features: Sequence[Tensor], weights: Sequence[Weights], stages: Sequen
             )
         if (x.shape[0], x.dtype, x.device) != (features[0].shape[0], features[0].dtype, features[0].device):
             raise ValueError(f"feature map {n} differs from feature map 0 in batch, dtype or device")
+        matrix, bias = (s.groups, 4 * s.hidden, s.hidden), (s.groups, 4 * s.hidden)
+        if [tuple(w.shape) for w in weights[n]] != [matrix, matrix, bias, bias]:
+            shapes = ", ".join(str(list(w.shape)) for w in weights[n])
+            raise ValueError(
+                f"the weights of stage {n} are {shapes}; it needs two of {list(matrix)} and two of {list(bias)}"
+            )
+        if any(w.device != x.device for w in weights[n]):
+            raise ValueError(f"the weights of stage {n} are not on {x.device}, where its feature map is")
     if features[0].shape[0] == 0:
         raise ValueError("the batch is empty")
 

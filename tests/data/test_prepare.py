@@ -16,6 +16,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from PIL import Image
 
 from fastnet.data import sample
 from fastnet.data.download import download
+from fastnet.data.lock import exclusive
 from fastnet.data.prepared import PreparedSet, open_set
 from fastnet.data.preparing import prepare, prepare_sample
 from fastnet.data.sources import find_source
@@ -341,6 +343,18 @@ Image.new("RGB", (9, 9)).save(GIF, "GIF")
 PNG = io.BytesIO()
 Image.new("RGB", (9, 9)).save(PNG, "PNG")
 
+
+@pytest.mark.parametrize(
+    "trailer", [b"\xff\xda\x00\x0c" * 300, b"\xff\xd9\xff\xda", bytes(40)], ids=["scans", "end", "zeros"]
+)
+def test_what_follows_the_end_of_an_image_is_passed_over(trailer: bytes, tmp_path: Path) -> None:
+    """Phones put a film behind a picture; the bytes of markers occur in it by chance."""
+    changed = {f"{label}/{i}.jpg": jpeg(i) + trailer for label in "ab" for i in range(10)}
+    changed["a/9.jpg"] = PNG.getvalue() + trailer
+    made, _ = prepare(find_source(write_folder(tmp_path / "pets", changed.items())), tmp_path / "set")
+    assert sum(map(len, made.splits.values())) == 20
+
+
 BAD_LAYOUTS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "cut image": ({BAD_IMAGE: GOOD[: len(GOOD) * 2 // 3]}, f"{BAD_IMAGE} is a bad image"),
     "image without its last byte": ({BAD_IMAGE: GOOD[:-1]}, f"{BAD_IMAGE} is a bad image"),
@@ -560,6 +574,21 @@ def test_download_of_something_else(served: tuple[type[Server], str], tmp_path: 
     with pytest.raises(InputError, match=r"sent 300,000 bytes .*, expected 200,000"):
         download(tmp_path / "tiny.zip", address, 200_000, "0123")
     assert listing(tmp_path) == []
+
+
+def test_a_download_waits_for_another_one(
+    served: tuple[type[Server], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And takes what that one has fetched."""
+    target, said = tmp_path / "tiny.zip", ""
+    with ThreadPoolExecutor() as pool:
+        with exclusive(target.with_name("tiny.zip.part")):
+            waiting = pool.submit(fetch, served, target)
+            while "waiting for another process" not in said and not waiting.done():
+                said += capsys.readouterr().err
+            target.write_bytes(b"of the other one")
+        assert "waiting for another process" in said
+        assert waiting.result() == target and target.read_bytes() == b"of the other one"
 
 
 def test_download_without_a_server(tmp_path: Path) -> None:

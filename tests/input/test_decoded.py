@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch
 from fastnet.config import Augment
 from fastnet.data.prepared import PreparedSet, Split, open_set
 from fastnet.errors import InputError
-from fastnet.input.decoded import DecodedImages
+from fastnet.input import decoded
+from fastnet.input.decoded import DecodedImages, decoded_bytes, why_not_decoded
 from tests.support.streams import TRAIN, by_sample, pil, spec, stream, take
 
 
@@ -50,6 +52,14 @@ def test_many_ranks_make_one_raw_file(fresh: Split, capfd: pytest.CaptureFixture
         "train.raw",
         "val.arrow",
     ]
+
+
+def test_room_is_asked_for_all_splits_at_once(fresh: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    val = open_set(fresh.path.parent).splits["val"]
+    each = [decoded_bytes(split) for split in (fresh, val)]
+    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=max(each)))
+    assert why_not_decoded([fresh]) is why_not_decoded([val]) is why_not_decoded([fresh, fresh]) is None
+    assert f"would take {sum(each) / 1e6:.0f} MB" in (why_not_decoded([fresh, val]) or "")
 
 
 def test_a_stale_or_short_raw_file_is_refused(fresh: Split) -> None:

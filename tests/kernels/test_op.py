@@ -215,3 +215,13 @@ def test_choice_of_the_backend(capsys: pytest.CaptureFixture[str], monkeypatch: 
         channel_group_lstm(inputs(), auto.weights(), auto.stages, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch is empty"):
         channel_group_lstm(inputs(0), auto.weights(), auto.stages)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_weights_of_other_shapes_are_refused(backend: op.Backend, triton_on_cpu: None) -> None:
+    """Kernels take the stages' word for them, and would read past their ends."""
+    module = ChannelGroupLSTM(STAGES, backend=backend)
+    first, second = module.weights()
+    for wrong in (second._replace(ih=second.ih.transpose(1, 2)), second._replace(bias_hh=first.bias_hh)):
+        with pytest.raises(ValueError, match=r"the weights of stage 1 are .*; it needs two of \[2, 36, 9\]"):
+            channel_group_lstm(inputs(), [first, wrong], module.stages, backend=backend)

@@ -59,6 +59,12 @@ def test_a_run_that_was_killed_before_its_look_at_val_makes_it(
     assert read_manifest(run).sessions[-1]["done"]
 
 
+def test_what_the_last_look_needs_is_made_first(tiny_set: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    run_here(own, tmp_path / "run", *FLAGS, "--decode", "raw", "--max-steps", "1")
+    assert (own / "val.raw").exists()
+
+
 def test_scores_of_the_holdout_are_called_so(
     tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnet.distributed.device import choose_precision
+from fastnet.distributed.device import choose_precision, nearest_precision
 from fastnet.errors import InputError
 from fastnet.network.network import Network
 from tests.support.runs import assert_same_end, events
@@ -71,3 +71,16 @@ def test_bf16_that_a_processor_lacks_is_said(
     run_here(tiny_set, tmp_path, "--network", "baseline", "--precision", "bf16", "--max-steps", "1")
     lacks = not flags & {"amx_bf16", "avx512_bf16"}
     assert ("bf16: this processor has no instructions for it" in capsys.readouterr().err) == lacks
+
+
+def test_a_network_is_used_in_the_precision_that_it_was_trained_in() -> None:
+    """Where the device has it; else in that of auto."""
+    cpu = torch.device("cpu")
+    assert nearest_precision("fp32", cpu) is nearest_precision("fp16", cpu) is None
+    lacks = not set(Path("/proc/cpuinfo").read_text().split()) & {
+        "amx_bf16",
+        "avx512_bf16",
+        "aarch64",
+        "bf16",
+    }
+    assert nearest_precision("bf16", cpu) is (None if lacks else torch.bfloat16)

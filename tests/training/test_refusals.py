@@ -29,7 +29,10 @@ from tests.support.tiny import TINY, refused, run_here
         (["--backend", "triton"], "--backend triton: "),
         (["--apex"], "--apex: NVIDIA Apex is not installed"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--lr", "1e30", "--head-lr", "1e30", "--warmup", "0"], "lower --head-lr 1e+30, or lengthen --warmup"),
+        (
+            ["--lr", "1e30", "--head-lr", "1e30", "--warmup", "0"],
+            "lower --head-lr 1e+30, or lengthen --warmup",
+        ),
         (["--head-epochs", "0", "--lr", "1e30", "--warmup", "0"], "lower --lr 1e+30, or lengthen --warmup"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, list) else "",
