@@ -6,8 +6,7 @@ Trains the runs of an experiment (accuracy_runs.py) by train.py, one after anoth
 was stopped continues when it is given again, and what is done stays. Writes accuracy-EXPERIMENT.csv, a row for each
 run and for each average of runs, with flags, hours, set and machine, and the curves where there are few.
 
-All scores are those of the last epoch on the val split: none is the best of several looks at it. Those of a run are in
-its own precision; averages are in float32 on a CPU.
+All scores are those of the last epoch on the val split: none is the best of several looks at it.
 """
 
 from __future__ import annotations
