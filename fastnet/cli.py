@@ -165,8 +165,8 @@ def positive_int(text: str) -> int:
 def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:
     """Runs `main(argv)` as a command and exits with the project's codes.
 
-    `main` returns the command's result; with --json it is printed as the last line. An `InputError` or a full disk
-    is one line on stderr and exit code 2.
+    `main` returns the command's result; with --json it is printed as the last line. An `InputError` is
+    one line on stderr and exit code 2, and so is an OSError that `errors.told` makes one of.
     """
     argv = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):

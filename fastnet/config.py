@@ -275,11 +275,6 @@ class Config:
             raise InputError(
                 "--cache-features: mixed images have no kept features; leave out --mixup and --cutmix"
             )
-        if self.cache_features and not self.head_epochs and (not self.epochs or self.freeze == "none"):
-            raise InputError(
-                f"--cache-features {self.cache_features}: no convolutions are frozen, so all change; leave it out, or "
-                "give --head-epochs or --freeze"
-            )
         if self.head_epochs + self.epochs == 0:
             raise InputError("--epochs 0 with --head-epochs 0: nothing to train; give one of them")
         if self.start_size:
@@ -423,11 +418,18 @@ def choose_preset(name: str | None, data_kind: str) -> Callable[[str], Config]:
 
 
 def with_flags(config: Config, flags: dict[str, Any]) -> Config:
-    """`config` with the values of the given flags. Raises InputError for a value out of range."""
+    """`config` with the values of the given flags. Raises InputError for one out of range, or without effect."""
     inner = {item.name for item in dataclasses.fields(Augment)}
     outer = {item.name for item in dataclasses.fields(Config)}
     augment = replace(config.augment, **{k: v for k, v in flags.items() if k in inner})
-    return replace(config, augment=augment, **{k: v for k, v in flags.items() if k in outer})
+    made = replace(config, augment=augment, **{k: v for k, v in flags.items() if k in outer})
+    # Not a property of every Config: a file of settings may have it for one network, and runs that are there may, too.
+    if made.cache_features and not made.head_epochs and (not made.epochs or made.freeze == "none"):
+        raise InputError(
+            f"--cache-features {made.cache_features}: no convolutions are frozen, so all change; leave it out, or "
+            "give --head-epochs or --freeze"
+        )
+    return made
 
 
 def _is_window(text: str) -> bool:
@@ -441,7 +443,9 @@ def flag_name(item: dataclasses.Field) -> str:
 
 
 def as_text(value: Any) -> str:
-    """A value as its flag takes it."""
+    """A value as its flag takes it; of one that takes none, whether it is given."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 

@@ -50,8 +50,10 @@ def told(error: OSError, place: str) -> InputError | None:
     of others. `place` stands for a file whose name is not known."""
     if is_disk_full(error):
         return refused(error, error.filename or place)
-    if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        return unreadable(error, error.filename)
+    if error.filename and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG):
+        return InputError(
+            f"{error.filename}: cannot be used ({error.strerror}); check its name and permissions, or use another"
+        )
     return None
 
 

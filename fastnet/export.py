@@ -20,7 +20,7 @@ from fastnet.exporting.card import card, facts_of, scores_at
 from fastnet.exporting.check import difference
 from fastnet.exporting.formats import FORMATS, Format
 from fastnet.exporting.plain import plain_network, plain_state
-from fastnet.files import atomic_write, remove_leftovers
+from fastnet.files import PARTIAL, STALE, atomic_write, remove_leftovers
 from fastnet.inference.flags import add_run_flags, open_data
 from fastnet.inference.runs import TrainedRun, load_runs
 from fastnet.inference.scores import labelled_split
@@ -35,16 +35,16 @@ CHECKED = 16  # images of the validation split
 def check_place(out: Path, form: Format) -> None:
     """Raises InputError if `out` holds anything but an earlier export of this format, which is replaced."""
     try:
-        for name in (form.file, CARD):
-            remove_leftovers(out, name)
         there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise unreadable(error, out) from error
+    there = [name for name in there if not name.endswith(PARTIAL)]
     strange = [name for name in there if name not in (form.file, CARD)]
     if strange or there == [CARD]:
         raise InputError(
             f"--out {out}: contains {(strange or there)[0]}, which is not of this export; give a new directory"
         )
+    remove_leftovers(out, older=STALE)
 
 
 def first_images(run: TrainedRun, split: Split, count: int) -> Tensor:

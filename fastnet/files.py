@@ -12,6 +12,7 @@ from pathlib import Path
 from fastnet.errors import InputError, refused
 
 PARTIAL = ".partial"
+STALE = 3600.0  # seconds; a process that still writes a file does so many times within them
 
 
 @contextmanager
@@ -39,10 +40,10 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
-    """Removes what killed processes left of writing `name`, and was not written to for `older` seconds. 0 is only for
-    who knows that no other process writes there."""
+    """Removes what killed processes left of writing `name`, and was not written to for `older` seconds, as far as
+    they can be removed. 0 is only for who knows that no other process writes there."""
     for left in folder.glob(f".{name}.*{PARTIAL}"):
-        with suppress(FileNotFoundError):  # another process was quicker
+        with suppress(OSError):  # another process was quicker, or it has to stay
             if time.time() - left.stat().st_mtime >= older:
                 left.unlink()
 

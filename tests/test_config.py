@@ -107,10 +107,6 @@ def test_config_survives_json(preset: str, network: str) -> None:
             r"--start-size 64: kept features are of one size; leave out --cache-features or --freeze",
         ),
         (["--cache-features", "2"], r"--cache-features 2: no convolutions are frozen, so all change"),
-        (
-            ["--cache-features", "2", "--epochs", "0", "--freeze", "conv2", "--plateau", "1"],
-            r"--cache-features 2: no convolutions are frozen",
-        ),
         (["--average-last", "2", "--ema", "0.9"], r"--average-last 2 with --ema 0.9: two averages"),
         (["--average-last", "16"], r"--average-last 16: the last phase has 15 epochs; use at most that"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -194,8 +195,13 @@ def test_a_run_with_a_holdout_tells_the_scores_on_val(tiny_set: Path, tmp_path: 
 
 
 def test_what_a_killed_export_left_is_replaced(small_linear: Path, tmp_path: Path) -> None:
-    (tmp_path / ".model.safetensors.abc.partial").write_bytes(b"part")
-    export.main([str(small_linear), "--format", "safetensors", "--out", str(tmp_path)])
+    left = tmp_path / ".model.safetensors.abc.partial"
+    left.write_bytes(b"part")
+    flags = ["--format", "safetensors", "--out", str(tmp_path)]
+    export.main([str(small_linear), *flags])
+    assert left.exists(), "another export may be writing it"
+    os.utime(left, (0, 0))
+    export.main([str(small_linear), *flags])
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "README.md"}
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "weights that others cannot read"

@@ -173,13 +173,15 @@ def test_an_image_named_twice_has_two_lines(runs: list[Path], tmp_path: Path) ->
 def test_pixels_of_16_bits_are_scaled_and_those_of_32_refused(runs: list[Path], tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 32 * 48).reshape(32, 48).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.tif")
+    (tmp_path / "a.pgm").write_bytes(b"P5 48 32 65535\n" + values.astype(">u2").tobytes())
     Image.fromarray((values >> 8).astype(np.uint8)).save(tmp_path / "a.png")
-    deep, plain = images_as_split([tmp_path / "a.tif", tmp_path / "a.png"]), io.BytesIO()
-    one, other = (Image.open(io.BytesIO(deep.jpeg(i).tobytes())).convert("RGB") for i in range(2))
-    assert np.array_equal(np.asarray(one), np.asarray(other))
-    Image.fromarray((values / 65535).astype(np.float32)).save(plain, "TIFF")
-    (tmp_path / "b.tif").write_bytes(plain.getvalue())
-    with pytest.raises(InputError, match=r"b\.tif is neither JPEG nor PNG; remove or convert it"):
+    split = images_as_split([tmp_path / name for name in ("a.png", "a.tif", "a.pgm")])
+    plain, *deep = (
+        np.asarray(Image.open(io.BytesIO(split.jpeg(i).tobytes())).convert("RGB")) for i in range(3)
+    )
+    assert all(np.array_equal(plain, pixels) for pixels in deep)
+    Image.fromarray((values / 65535).astype(np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(InputError, match=r"b\.tif has grey values of 32 bits, .*; convert it to 8 bits"):
         predict.main([str(runs[0]), "--images", str(tmp_path / "b.tif")])
 
 

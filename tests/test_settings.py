@@ -72,3 +72,16 @@ def test_print_config_trains_nothing(
     (tmp_path / "run.toml").write_text(printed)
     assert resolved("--config", "run.toml") == resolved("fast", "--network", "lstm", "--lr", "0.5")
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_file_may_hold_what_only_some_networks_use(tmp_path: Path) -> None:
+    """Kept features need frozen convolutions, which a flag can bring; old runs without them can still be read."""
+    file = tmp_path / "run.toml"
+    file.write_text("cache_features = 2\n")
+    assert resolved("--config", str(file), "--network", "lstm").cache_features == 2
+    assert resolved("--config", str(file), "--freeze", "conv3").cache_features == 2
+    assert resolved("--config", str(file), "--cache-features", "0").cache_features == 0
+    with pytest.raises(InputError, match="--cache-features 2: no convolutions are frozen"):
+        resolved("--config", str(file))
+    before = Config().to_json() | {"cache_features": 2}
+    assert Config.from_json(before).cache_features == 2

@@ -88,7 +88,8 @@ def choose_precision(choice: str, device: torch.device) -> torch.dtype | None:
 
 
 def nearest_precision(choice: str, device: torch.device) -> torch.dtype | None:
-    """The same for a network that may have been trained elsewhere: what `--precision` means here, else auto."""
+    """The same for a network that is used: what the `--precision` of its training means on this device, or auto where
+    the device lacks that, or has it by slow emulation only."""
     slow = choice == "bf16" and device.type == "cpu" and not has_bf16()
     try:
         return choose_precision("auto" if slow else choice, device)
@@ -98,8 +99,9 @@ def nearest_precision(choice: str, device: torch.device) -> torch.dtype | None:
 
 def has_bf16() -> bool:
     """Whether this processor multiplies in bf16. False only where that is known."""
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, True) for name in ("amx_bf16", "avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    known = [capabilities[name] for name in ("amx_bf16", "avx512_bf16", "bf16") if name in capabilities]
+    return any(known) or not known
 
 
 def threads_per_rank() -> int:

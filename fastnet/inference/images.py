@@ -69,9 +69,13 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
     problems: list[str] = []
     examine = Examiner()
     for start in range(0, len(files), CHUNK):
-        chunk = files[start : start + CHUNK]
-        encoded = [_encoded(file) for file in chunk]
-        for file, image, found in zip(chunk, encoded, examine(encoded), strict=True):
+        chunk: list[tuple[Path, bytes]] = []
+        for file in files[start : start + CHUNK]:
+            try:
+                chunk.append((file, _encoded(file)))
+            except BadImage as error:
+                problems.append(f"{file} {error}")
+        for (file, image), found in zip(chunk, examine([image for _, image in chunk]), strict=True):
             if isinstance(found, BadImage):
                 problems.append(f"{file} {found}")
             else:
@@ -95,7 +99,8 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
 
 
 def _encoded(file: Path) -> bytes:
-    """The file's bytes, or those of a PNG with its pixels if it is of another of the `FORMATS`."""
+    """The file's bytes, or those of a PNG with its pixels if it is of another of the `FORMATS`. Raises BadImage if a
+    PNG cannot have them."""
     data = file.read_bytes()
     try:
         header_size(data)
@@ -106,12 +111,15 @@ def _encoded(file: Path) -> bytes:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.format in ("JPEG", "PNG"):
                 return data
-            if picture.mode.startswith("I;16"):  # PIL would cut off at 255
+            # PIL would cut off at 255. A PGM of 16 bits it opens as one of 32.
+            if picture.mode.startswith("I;16") or (picture.format, picture.mode) == ("PPM", "I"):
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             elif picture.mode in ("I", "F"):
-                return data
+                raise BadImage("has grey values of 32 bits, whose range nobody knows; convert it to 8 bits")
             buffer = io.BytesIO()
             picture.convert("RGB").save(buffer, "PNG", compress_level=1)
             return buffer.getvalue()
+    except BadImage:
+        raise
     except Exception:  # PIL's decoders raise all kinds of errors; the examiner then says what is wrong
         return data

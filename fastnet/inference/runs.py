@@ -22,8 +22,8 @@ from fastnet.training.checkpoint import load, load_model
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A trained network: `network` is in evaluation mode on the runtime's device, and computes in `amp` as in its
-    validation while it was trained, where this device can."""
+    """A trained network: `network` is in evaluation mode on the runtime's device, and computes in `amp`: what
+    the `--precision` of its training means here."""
 
     config: Config
     network: Network

@@ -74,8 +74,8 @@ def why_not_decoded(splits: Sequence[Split]) -> str | None:
         if not os.access(path.parent, os.W_OK):
             return f"{path} is missing and cannot be written"
     needed = sum(map(decoded_bytes, missing.values()))
-    for path in list(missing)[:1]:
-        free = shutil.disk_usage(path.parent).free
+    if missing:
+        free = shutil.disk_usage(splits[0].path.parent).free
         if needed > free:
             files = " and ".join(map(str, missing))
             return f"{files} would take {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free"

@@ -31,7 +31,7 @@ from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import evaluate
 from fastnet.training.kernels import compile_kernels, turns
 from fastnet.training.phases import plan
-from fastnet.training.placement import image_dtype, place
+from fastnet.training.placement import image_dtype, place, splits_read
 from fastnet.training.running import RunningPhase
 from fastnet.training.setup import fewest_images
 
@@ -96,7 +96,7 @@ class Trial:
         self.config = replace(config, batch_size=-(-config.batch_size // runtime.world_size), compile=False)
         self.phase = min(plan(config), key=lambda phase: ("none", *STAGES).index(phase.frozen))
         division = divide(data, config.holdout)
-        splits = (division.train, division.val)
+        splits = splits_read(data, division)
         decode = place(config, splits, runtime)["decode"]
         self.dtype, self.classes = image_dtype(decode, runtime), len(data.classes)
         # What a run has beside its steps: the decoded set, the gradients as DistributedDataParallel sums them, and the

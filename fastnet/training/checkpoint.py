@@ -248,8 +248,8 @@ def restore(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, path: Path, state: Updates
 ) -> None:
     """Puts a state into the optimiser and loss scaler. Raises InputError if it, from `path`, does not fit."""
-    # Set before each step: on a GPU the rate has to stay the tensor that it is. And AdamW has its steps counted there,
-    # where it may have been begun on a CPU.
+    # The rate is set before each step, and on a GPU has to stay the tensor that it is. AdamW counts its steps where the
+    # weights are now, not where it was begun.
     own = ("lr", "lr_scale", "fused", "capturable")
     kept = [{key: group[key] for key in own if key in group} for group in optimizer.param_groups]
     try:

@@ -13,6 +13,7 @@ Shapes: B images of a batch, R numbers of an image, C, H, W channels, height and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -34,14 +35,13 @@ from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.errors import InputError
-from fastnet.files import atomic_write, remove_leftovers
+from fastnet.files import STALE, atomic_write, remove_leftovers
 from fastnet.input.graph import InputSpec, resolve_decode
 from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
 from fastnet.network.network import Network
 from fastnet.progress import track
 
 SHARD = 2048  # images in a file
-STALE = 3600.0  # seconds; a process that still writes a file does so many times within them
 VALIDATION = "val"  # in place of a draw
 
 
@@ -118,19 +118,23 @@ class FrozenFeatures:
         """
         files = self.files()
         # By one rank's look: other runs may be making the same files meanwhile.
-        missing = {path: files[path] for path in self.runtime.from_main([p for p in files if not p.exists()])}
+        missing = self.runtime.from_main([path for path in files if not path.exists()])
+        if not missing:
+            return True
         with self.runtime.agree():
             if self.runtime.is_main:
                 remove_leftovers(self.folder, older=STALE)
-                self._check_room(sum(len(what[2]) for what in missing.values()))
-        mine = list(missing.items())[self.runtime.rank :: self.runtime.world_size]
+                self._check_room(sum(len(files[path][2]) for path in missing))
         training = self.network.training
         self.network.eval()
-        with self.runtime.agree():
-            for use in self.splits:
-                self._make({path: what for path, what in mine if what[0] == use}, use, threads, stop)
+        done = all(
+            self._compute(
+                {path: files[path] for path in missing if files[path][0] == use}, use, threads, stop
+            )
+            for use in self.splits
+        )
         self.network.train(training)
-        return stop is None or not stop.asked()
+        return done
 
     def _check_room(self, images: int) -> None:
         needed, parent = images * self.row * 2, self.data.path
@@ -140,39 +144,50 @@ class FrozenFeatures:
                 f"--cache-features {self.config.cache_features}: takes {needed / 1e9:.1f} GB in {self.folder}, where "
                 f"{free / 1e9:.1f} GB are free; use fewer draws, or leave the flag out"
             )
-        if images:
-            self.runtime.say(
-                f"features: {', '.join(self.network.kept_stages())} of {images} images, {needed / 1e9:.2g} GB in "
-                f"{self.folder}"
-            )
+        self.runtime.say(
+            f"features: {', '.join(self.network.kept_stages())} of {images} images, {needed / 1e9:.2g} GB in "
+            f"{self.folder}"
+        )
 
-    def _make(
+    def _compute(
         self,
         files: dict[Path, tuple[str, str, NDArray[np.int64]]],
         use: str,
         threads: int,
         stop: StopSignal | None,
-    ) -> None:
-        if not files:
-            return
+    ) -> bool:
+        """In rounds, in which each rank makes one of the files, and after which all of them stop if one is to."""
+        ranks = self.runtime.world_size
+        named = list(files.items())
+        rounds = [named[first : first + ranks] for first in range(0, len(named), ranks)]
+        with contextlib.ExitStack() as stack:
+            stream: DrawnStream | None = None
+            for of_ranks in track(f"features for {use}", rounds, len(rounds), "files"):
+                with self.runtime.agree():
+                    for path, (_, draw, index) in of_ranks[self.runtime.rank :][:1]:
+                        stream = stream or stack.enter_context(closing(self._stream(use, threads)))
+                        self._write(
+                            path, stream.of(index, 0 if draw == VALIDATION else int(draw)), len(index)
+                        )
+                if stop and stop.asked():
+                    return False
+        return True
+
+    def _stream(self, use: str, threads: int) -> DrawnStream:
         config, device = self.config, self.runtime.device
         spec = InputSpec.of(config, device, self.runtime.image_dtype, self.decode, threads)
         augment = config.augment if use == "train" else None
         size = config.micro_batch(self.runtime.world_size)
+        return DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
+
+    def _write(self, path: Path, batches: Iterable[Batch], images: int) -> None:
         full = "free some space, or use fewer draws with --cache-features"
-        with closing(
-            DrawnStream(self.splits[use], spec, augment, seed=config.seed, batch_size=size)
-        ) as stream:
-            for path, (_, draw, index) in track(f"features for {use}", files.items(), len(files), "files"):
-                if stop and stop.received:
-                    return
-                epoch = 0 if draw == VALIDATION else int(draw)
-                header = {"descr": "<f2", "fortran_order": False, "shape": (len(index), self.row)}
-                # Written and not mapped: where the disk fills up, writing fails, and a mapped page kills the process.
-                with atomic_write(path, full=full) as beside, beside.open("wb") as file:
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for x, *_ in stream.of(index, epoch):
-                        file.write(self._rows(x).data)
+        header = {"descr": "<f2", "fortran_order": False, "shape": (images, self.row)}
+        # Written and not mapped: where the disk fills up, writing fails, and a mapped page kills the process.
+        with atomic_write(path, full=full) as beside, beside.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for x, *_ in batches:
+                file.write(self._rows(x).data)
 
     def _rows(self, x: Tensor) -> NDArray[np.float16]:
         """Images [B, 3, S, S] -> [B, R]: each output in the order of its memory, which is [H, W, C]."""

@@ -25,7 +25,7 @@ from fastnet.progress import track
 from fastnet.training.batches import Resident, Stream, Streamed
 from fastnet.training.features import FeatureEvalStream, FeatureTrainStream, FrozenFeatures
 from fastnet.training.phases import Phase, image_size
-from fastnet.training.placement import image_dtype, place
+from fastnet.training.placement import image_dtype, place, splits_read
 from fastnet.training.state import TrainState
 
 AGAIN = 200  # steps
@@ -49,7 +49,7 @@ class Inputs:
         self.threads = chosen["threads"]
         self.division = divide(data, config.holdout)
         chosen["validation"] = "holdout" if config.holdout else "val"
-        chosen |= place(config, (self.division.train, self.division.val), runtime)
+        chosen |= place(config, splits_read(data, self.division), runtime)
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
         self.steps_per_epoch = len(self.division.train_images) // config.batch_size

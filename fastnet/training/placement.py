@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from fastnet.config import Config
-from fastnet.data.prepared import Split
+from fastnet.data.holdout import Division
+from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.decoded import decoded_bytes, why_not_decoded
@@ -16,6 +17,12 @@ from fastnet.input.graph import resolve_decode
 
 # How much of the free memory the set may take: where it is asked for, and where auto decides.
 ASKED, AUTO = 0.75, 0.25
+
+
+def splits_read(data: PreparedSet, division: Division) -> list[Split]:
+    """The splits whose images a run decodes: with a holdout val too, at the end."""
+    last = [] if division.val is data.splits["val"] else [data.splits["val"]]
+    return [division.train, division.val, *last]
 
 
 def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str, str]:

@@ -75,13 +75,13 @@ class Recorder:
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{key}", value, values["step"])
 
-    def epoch(self, title: str, trained: dict[str, Any], scores: Totals) -> None:
-        """Records an epoch: its training record, and its validation scores."""
+    def epoch(self, title: str, trained: dict[str, Any], scores: Totals, split: str) -> None:
+        """Records an epoch: its training record, and its scores on what validates, val or holdout."""
         self.event("epoch", **trained, **as_record(scores))
         if not self.main:
             return
         line = (
-            f"{title}: train loss {trained['train_loss']:.3f} top-1 {trained['train_top1']:.3f}, val loss "
+            f"{title}: train loss {trained['train_loss']:.3f} top-1 {trained['train_top1']:.3f}, {split} loss "
             f"{scores.mean_loss:.3f} top-1 {scores.top1:.3f} top-5 {scores.top5:.3f}, "
             f"{trained['images_per_s']:.0f} images/s, waits for data {trained['data_wait']:.0%}"
         )
@@ -140,6 +140,14 @@ def add_to_session(run_dir: Path, **facts: Any) -> None:
     manifest = read_manifest(run_dir)
     manifest.sessions[-1] |= facts
     _write(run_dir / "manifest.json", manifest)
+
+
+def close_session(run_dir: Path, state: TrainState) -> None:
+    """Notes how the last session ended, where it was killed after its last save, before it could."""
+    if (run_dir / "manifest.json").exists():
+        sessions = read_manifest(run_dir).sessions
+        if sessions and "done" not in sessions[-1]:
+            add_to_session(run_dir, to_step=state.step, done=state.done)
 
 
 def _write(path: Path, manifest: Manifest) -> None:

@@ -37,6 +37,7 @@ from fastnet.training.records import (
     Recorder,
     add_to_session,
     as_record,
+    close_session,
     is_recorded,
     outcome,
     write_manifest,
@@ -74,7 +75,9 @@ class Trainer:
         """Trains to the end of the last phase, to --max-steps, or to a signal, and returns what came of it."""
         self.resume()
         if self.nothing_left():
-            self.note(done=self.state.done)  # a session that was killed after its last save did not
+            with self.runtime.agree():
+                if self.runtime.is_main:
+                    close_session(self.run_dir, self.state)
             self.say(f"already done up to step {self.state.step}; give another --run-dir to train anew")
             return outcome(self.run_dir, self.state)
         with self.resources():
@@ -127,7 +130,7 @@ class Trainer:
 
     def begin_phase(self) -> bool:
         """Freezes what the phase freezes and readies its training step, unless there is one for the phase and for the
-        size that its images have now. Returns False after a signal to stop, which features are not waited for."""
+        size that its images have now. Returns False if a stop was asked for meanwhile."""
         self.phase = self.phases[self.state.phase]
         config = replace(self.config, image_size=image_size(self.phase, self.state.phase_epoch))
         begun = None
@@ -223,7 +226,7 @@ class Trainer:
         """Records the epoch, moves to the next one or the next phase, and saves."""
         with self.runtime.agree():
             before = self.recorder.size()
-            self.recorder.epoch(self.title, trained, scores)
+            self.recorder.epoch(self.title, trained, scores, "holdout" if self.config.holdout else "val")
             after = self.recorder.size()
         metrics_bytes = before
         if self.state.step_in_epoch == self.inputs.steps_per_epoch:

@@ -51,8 +51,9 @@ from fastnet.distributed import device
 from fastnet.distributed.ranks import joined
 
 def main(argv):
-    if os.environ["RANK"] in argv[1:]:  # a GPU's file, and no CUDA that works
-        device.NVIDIA_DEVICES = (Path(argv[0]), "nvidia[0-9]*")
+    # On some ranks a GPU's file, and no CUDA that works.
+    devices = argv[0] if os.environ["RANK"] in argv[1:] else f"{argv[0]}/none"
+    device.NVIDIA_DEVICES = (Path(devices), "nvidia[0-9]*")
     with joined(10, "auto"):
         raise AssertionError("the ranks met")
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastnet import evaluate
+from fastnet.files import STALE
 from fastnet.training import features
 from fastnet.training.checkpoint import load
 from tests.support.runs import assert_same_end, events
@@ -173,10 +174,12 @@ def test_a_disk_that_fills_up_is_one_line(
 
 @pytest.mark.slow
 def test_what_killed_runs_left_goes_in_time(own_set: Path, kept: Path, tmp_path: Path) -> None:
-    old, new = ((next(own_set.glob("features/*")) / f".0-0.npy.{name}.partial") for name in ("old", "new"))
+    lost = next(own_set.glob("features/*/0-0.npy"))
+    lost.unlink()  # so that there is something to compute
+    old, new = (lost.with_name(f".{lost.name}.{name}.partial") for name in ("old", "new"))
     for left in (old, new):
         left.write_bytes(b"part")
-    hours_ago = time.time() - 2 * features.STALE
+    hours_ago = time.time() - 2 * STALE
     os.utime(old, (hours_ago, hours_ago))
     run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "4")
     assert new.exists() and not old.exists()

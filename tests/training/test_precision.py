@@ -73,7 +73,7 @@ def test_bf16_that_a_processor_lacks_is_said(
     assert ("bf16: this processor has no instructions for it" in capsys.readouterr().err) == lacks
 
 
-def test_a_network_is_used_in_the_precision_that_it_was_trained_in() -> None:
+def test_a_network_is_used_with_the_precision_of_its_training() -> None:
     """Where the device has it; else in that of auto."""
     cpu = torch.device("cpu")
     assert nearest_precision("fp32", cpu) is nearest_precision("fp16", cpu) is None
