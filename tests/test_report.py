@@ -279,7 +279,7 @@ def test_a_continued_run_is_one_run_with_its_phases(tmp_path: Path) -> None:
     ]
     tiles = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text)[3:6]
     assert tiles == [
-        ("training time", "4 min 0 s"),
+        ("training time, by each epoch&#39;s last session", "4 min 0 s"),
         ("images/s, median", "1,002"),
         ("waiting for data", "18.8%"),  # (0 + 1 + 2 + 3) / 8 / 4
     ]

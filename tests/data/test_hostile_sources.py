@@ -69,7 +69,7 @@ def pets(path: Path, **more: bytes) -> Path:
             struct.pack(">8sI4sII5B", png()[:8], 13, b"IHDR", 13_300, 13_300, 8, 2, 0, 0, 0),
             "more than 64 million",
         ),
-        (SMALL + b"\xff\xda" * 300 + b"\xff\xd9", "more than 256 scans"),
+        (SMALL[:-2] + b"\xff\xda\x00\x02" * 300 + b"\xff\xd9", "more than 256 scans"),
         (SMALL + bytes(1 << 26), "has more than 64 MB"),
     ],
 )
