@@ -78,7 +78,8 @@ READOUT = Experiment(
     classes=50,
 )
 
-# The weights measured with end with conv4, so conv5 takes no part; in float32, as CPUs without bf16 products run it.
+# conv5 takes no part: the weights that this was measured with go up to conv4. Without --precision, a CPU that has no
+# bf16 can run it, too.
 VARIANTS = Experiment(
     "the paper's variants at 96 px: other stages and sequences of 128, read out of frozen convolutions",
     "paper --weights {weights} --weights-partial --head-freeze conv4 --cache-features 3 --image-size 96 "

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from fastnet.cli import Parser, run_command
 from fastnet.errors import printable
 from fastnet.files import atomic_write, short_names
-from fastnet.reporting.curves import QUANTITIES, Curves, draw_curves, read_curves, validated_on
+from fastnet.reporting.curves import QUANTITIES, Curves, draw_curves, read_curves
 
 
 def draw(runs: Sequence[Curves]) -> Figure:
@@ -29,7 +29,7 @@ def draw(runs: Sequence[Curves]) -> Figure:
         title = curves.name
         if curves.validation:
             best = max(point[2] for point in curves.validation)
-            title += f": best {validated_on(curves)} top-1 {best:.1%}"
+            title += f": best {curves.validated_on} top-1 {best:.1%}"
         axes[0, column].set_title(title, fontsize=11, pad=title_pad, parse_math=False)
         for row, quantity in enumerate(QUANTITIES):
             axis = axes[row, column]

@@ -20,17 +20,17 @@ def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     Raises InputError as `open_set` does.
     """
     environment = os.environ.get("FASTNET_DATA")
-    official, sample = OFFICIAL, Path("data/sample")
+    sample = Path("data/sample")
     if choice is not None:
         path = choice
     elif environment:
         path, why = Path(environment), "$FASTNET_DATA"
-    elif official.exists():
-        path, why = official, "the default, since it exists"
+    elif OFFICIAL.exists():
+        path, why = OFFICIAL, "the default, since it exists"
     else:
         from fastnet.data.preparing import prepare_sample
 
-        path, why = sample, f"the generated sample set, since there is no --data, $FASTNET_DATA or {official}"
+        path, why = sample, f"the generated sample set, since there is no --data, $FASTNET_DATA or {OFFICIAL}"
         if not path.exists():
             prepare_sample(path)
     chosen = open_set(path)

@@ -31,6 +31,11 @@ class Curves:
     validation: list[tuple[float, float, float]] = field(default_factory=list)
     epochs: list[EpochEvent] = field(default_factory=list)
 
+    @property
+    def validated_on(self) -> str:
+        """What the curve of validation is called."""
+        return "validation" if self.split == "val" else self.split
+
 
 def read_curves(run_dir: Path, name: str) -> Curves:
     """Reads a run's metrics.jsonl. Raises InputError, naming file and line, where it is damaged or empty."""
@@ -51,11 +56,6 @@ def read_curves(run_dir: Path, name: str) -> Curves:
     return curves
 
 
-def validated_on(curves: Curves) -> str:
-    """What the curve of validation is called."""
-    return "validation" if curves.split == "val" else curves.split
-
-
 def _has_holdout(run_dir: Path) -> bool:
     try:
         return bool(read_manifest(run_dir).config.get("holdout"))
@@ -73,7 +73,7 @@ def draw_curves(
         axis.plot(
             [point[0] for point in points],
             [point[column] for point in points],
-            label=validated_on(curves) if label == "validation" else label,
+            label=curves.validated_on if label == "validation" else label,
             gid=f"{curves.name} {quantity} {label}",
             **style,
         )

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.metrics import Totals
-from fastnet.reporting.curves import Curves, validated_on
+from fastnet.reporting.curves import Curves
 from fastnet.reporting.mistakes import (
     Mistake,
     class_results,
@@ -115,7 +115,7 @@ def run_section(data: PreparedSet, split: Split, run: RunResult, tops: tuple[flo
         "charts": {**curve_charts(run.curves, tops), **speed_charts(epochs, run.name)},
         "epochs": epochs,
         "split": run.curves.split,
-        "validated_on": validated_on(run.curves),
+        "validated_on": run.curves.validated_on,
         "speed": speed(epochs),
         "classes": class_results(matrix),
         "pairs": confused_pairs(matrix, PAIRS),

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from fastnet import evaluate
 from fastnet.files import STALE
 from fastnet.training import features
 from fastnet.training.checkpoint import load
+from tests.support.disks import small_disk
 from tests.support.runs import assert_same_end, events
 from tests.support.tiny import refused, run_here, run_ranks
 
@@ -156,20 +156,12 @@ def test_a_disk_that_fills_up_is_one_line(
     """Beside a set whose features need more room than is left once they are begun."""
     own = shutil.copytree(tiny_set, tmp_path / "set")
     folder = own / "features"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("cannot mount a small file system here (needs root)")
-    try:
+    with small_disk(folder, "64k"):
         flags = ["sample", "--data", own, "--run-dir", tmp_path / "run", "--network", "lstm"]
         flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "1"]
         line = refused(capsys, monkeypatch, *flags)
         assert ": no space left on the disk; free some space, or use fewer draws" in line
         assert not list(folder.glob("*/*")) and not list(folder.glob("*/.*"))
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fastnet import cli, train
 from fastnet.distributed import lock
 from fastnet.distributed.ranks import Runtime
 from fastnet.training.checkpoint import load
+from tests.support.disks import small_disk
 from tests.support.tiny import TINY, refused, run_here
 
 
@@ -117,13 +117,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:
     """On a file system that holds three checkpoints (last, best, one being written) and not four."""
     run = tmp_path / "small"
-    run.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(run)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("cannot mount a small file system here (needs root)")
-    try:
+    with small_disk(run, "160m"):
         run_here(tiny_set, run, "--network", "baseline", "--max-steps", "3")
         line = refused(
             capsys,
@@ -141,8 +135,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(
         assert f"{run}/" in line and ": no space left on the disk; the previous checkpoint is intact" in line
         assert load(run / "last.pt").position.step == 3
         assert not list(run.glob(".*.*"))
-    finally:
-        subprocess.run(["umount", str(run)], check=True)
 
 
 def test_exit_code_of_a_full_disk_elsewhere(
