@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,12 +13,13 @@ from torch import Tensor
 import softgpu
 from fastnet.config import Augment
 from fastnet.metrics import Totals
+from fastnet.training.step import set_learning_rate
 from softgpu import forms
 from tests.softgpu.trainers import begin, tiny_trainer
 from tests.softgpu.weights import distance, snapshot
 
 NETWORKS = ("baseline", "lstm")
-HALF = (torch.bfloat16, torch.float16)
+AMP = (None, torch.bfloat16, torch.float16)
 SCALE, TOO_LARGE = 2.0**7, 2.0**24  # of the loss: no gradient, or every step, overflows in fp16
 PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 LOSS = ("_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward")
@@ -39,14 +41,20 @@ def steps(
     run_dir: Path,
     *,
     backend: Literal["auto", "torch"] = "torch",
+    double: bool = False,
 ) -> list[Outcome]:
     """One step of the frozen phase, then one of the whole network, on the same images everywhere."""
     outcomes = []
     same: dict[str, Any] = {
         "decode": "cpu",
-        "augment": Augment(erase=0.25),
-    }  # without erasing, the CPU's images are resized by other code than DALI's
-    with tiny_trainer(network, device, amp, data, run_dir, backend=backend, **same) as trainer:
+        "augment": Augment(erase=0.25),  # without it, the CPU's images are resized by other code than DALI's
+    }
+    # AdamW's first step is as long for a gradient near 0 as for a large one, and a rounding can turn it round. SGD's is
+    # in proportion to the gradient, and so is its error.
+    linear: dict[str, Any] = {"head_optimizer": "sgd", "head_lr": 0.05}
+    with tiny_trainer(network, device, amp, data, run_dir, backend=backend, **same, **linear) as trainer:
+        if double:
+            trainer.network.double().register_forward_pre_hook(lambda _, images: (images[0].double(),))
         for phase in range(2):
             running = begin(trainer, phase)
             running.scaler.load_state_dict({**running.scaler.state_dict(), "scale": SCALE})
@@ -67,51 +75,21 @@ def network(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def exact(network: str, tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    """The CPU in float32."""
-    return steps(network, "cpu", None, tiny_set, tmp_path_factory.mktemp("exact"))
+    """The CPU in float64."""
+    return steps(network, "cpu", None, tiny_set, tmp_path_factory.mktemp("exact"), double=True)
 
 
-@pytest.fixture(scope="module")
-def rounded(
-    network: str, tiny_set: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[torch.dtype, list[Outcome]]:
-    """The CPU under autocast: how far half precision alone takes a step from float32's."""
-    return {
-        dtype: steps(network, "cpu", dtype, tiny_set, tmp_path_factory.mktemp("rounded")) for dtype in HALF
-    }
-
-
-def test_float32(
-    network: str,
-    exact: list[Outcome],
-    rounded: dict[torch.dtype, list[Outcome]],
-    tiny_set: Path,
-    tmp_path: Path,
-) -> None:
-    """As the CPU in float32, but for the order of sums. How much a rounding error grows on its way to the weights is
-    known from bf16's: in float32 it is smaller by the ratio of their eps."""
-    ratio = torch.finfo(torch.float32).eps / torch.finfo(torch.bfloat16).eps
-    ours = steps(network, "cuda", None, tiny_set, tmp_path)
-    for mine, cpu, bf16 in zip(ours, exact, rounded[torch.bfloat16], strict=True):
-        assert mine.loss == pytest.approx(cpu.loss, rel=4 * torch.finfo(torch.float32).eps)
-        assert distance(mine.moved, cpu.moved) <= 3 * ratio * distance(bf16.moved, cpu.moved)
-        assert not mine.seen.waits, mine.seen.waits
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_half_precision(
-    dtype: torch.dtype,
-    network: str,
-    exact: list[Outcome],
-    rounded: dict[torch.dtype, list[Outcome]],
-    tiny_set: Path,
-    tmp_path: Path,
+@pytest.mark.parametrize("amp", AMP)
+def test_steps(
+    amp: torch.dtype | None, network: str, exact: list[Outcome], tiny_set: Path, tmp_path: Path
 ) -> None:
     """The bound for each tensor is the kernels': 2 times (loss) or 3 times (updates) the error of the CPU in the same
     dtype, or of the rounding of the result itself where the CPU is more exact by chance."""
+    dtype = amp or torch.float32
     eps = torch.finfo(dtype).eps
-    ours = steps(network, "cuda", dtype, tiny_set, tmp_path, backend="auto")
-    for mine, true, theirs in zip(ours, exact, rounded[dtype], strict=True):
+    cpu = steps(network, "cpu", amp, tiny_set, tmp_path / "cpu")
+    ours = steps(network, "cuda", amp, tiny_set, tmp_path / "cuda", backend="auto" if amp else "torch")
+    for mine, true, theirs in zip(ours, exact, cpu, strict=True):
         assert abs(mine.loss - true.loss) <= 2 * max(abs(theirs.loss - true.loss), eps * true.loss)
         for name, moved in true.moved.items():
             error = (mine.moved[name] - moved).norm().item()
@@ -119,8 +97,9 @@ def test_half_precision(
             assert error <= bound, f"{name}: {error:.2g} above {bound:.2g}"
         assert not mine.seen.waits, mine.seen.waits
         assert not mine.seen.problems, mine.seen.problems
-        assert network == "baseline" or mine.seen.launches
-        check_operands(mine.seen, dtype)
+        assert network == "baseline" or amp is None or mine.seen.launches
+        if amp:
+            check_operands(mine.seen, amp)
     assert not forms.unknown
 
 
@@ -138,6 +117,25 @@ def check_operands(seen: softgpu.Watch, dtype: torch.dtype) -> None:
         if copies and len(call.operands[0].shape) == 4:
             assert call.operands[0].stride == call.operands[1].stride, call
     assert {"convolution", "_log_softmax"} <= seen.operators.keys()
+
+
+def test_adamw(tiny_set: Path, tmp_path: Path) -> None:
+    """From the same gradients it takes the CPU's steps, but for a few float32 roundings of a weight in each."""
+    count, ended = 3, []
+    for device in ("cpu", "cuda"):
+        with tiny_trainer("lstm", device, None, tiny_set, tmp_path, backend="torch") as trainer:
+            running = begin(trainer, 0)
+            generator = torch.Generator().manual_seed(0)
+            trained = [p for group in running.optimizer.param_groups for p in group["params"]]
+            for _ in range(count):
+                for p in trained:
+                    p.grad = torch.randn(p.shape, generator=generator).to(device)
+                set_learning_rate(running.optimizer, 0.01)
+                running.optimizer.step()
+            ended.append(snapshot(trainer))
+    cpu, cuda = ended
+    weights = math.hypot(*(weight.norm().item() for weight in cpu.values()))
+    assert distance(cuda, cpu) <= 4 * count * torch.finfo(torch.float32).eps * weights
 
 
 def is_channels_last(operand: softgpu.Operand) -> bool:
