@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastnet.data.decoding import Decoder, decode_images
+from fastnet.data.decoding import ImageDecoder
 from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import MEAN, STD
@@ -51,7 +51,7 @@ class HostBatches:
         # Fresh memory would cost more than what is written to it: the kernel clears it page by page.
         self.buffers: list[NDArray[np.float32]] = []
         self.workers = ThreadPoolExecutor(spec.threads, "images")
-        self.decoders = local()
+        self.threads = local()
 
     def begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
         """Makes the batches of `todo` (images and their inputs), instead of those that are still under way."""
@@ -98,15 +98,15 @@ class HostBatches:
         else:
             images = [self.split.jpeg(i) for i in index]
             components = [self.split.components(i) for i in index]
-            pixels, starts = decode_images(images, sizes, components, self._decoder)
+            pixels, starts = self._decoder()(images, sizes, components)
         mirror = inputs.get("mirror", np.zeros(len(index), np.int32))
         self.make_images(pixels, starts, sizes, inputs["start"], inputs["end"], mirror, FACTOR, SHIFT, x)
 
-    def _decoder(self) -> Decoder:
-        """This thread's DALI decoder."""
-        if not hasattr(self.decoders, "dali"):
-            self.decoders.dali = Decoder(threads=1)
-        return self.decoders.dali
+    def _decoder(self) -> ImageDecoder:
+        """This thread's."""
+        if not hasattr(self.threads, "decoder"):
+            self.threads.decoder = ImageDecoder()
+        return self.threads.decoder
 
     def _buffer(self, count: int) -> NDArray[np.float32]:
         """[count, S, S, 3] of memory that comes back when nobody refers to it any more, tensors included."""

@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnet.data.decoding import Decoder, decode_images
+from fastnet.data.decoding import Decoder, ImageDecoder
 from fastnet.data.image import read_header
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
@@ -73,21 +73,16 @@ KINDS += ["png", "png with alpha", "grey png", "palette"]
 def test_decoded_pixels_are_dalis() -> None:
     images = [encoded(kind) for kind in KINDS]
     sizes = np.full((len(KINDS), 2), NOISE.shape[:2], np.int32)
-    asked = []
-
-    def dali() -> Decoder:
-        asked.append(True)
-        return Decoder(1)
-
+    decode = ImageDecoder()
     components = [read_header(image.tobytes())[2] for image in images]
     assert components == [3, 3, 3, 3, 3, 3, 1, 4, 0, 0, 0, 0]
-    pixels, starts = decode_images(images, sizes, components, dali)
-    assert asked == [True]
+    pixels, starts = decode(images, sizes, components)
     for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
         got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
         np.testing.assert_array_equal(got, expected, kind)
-    decode_images(images[:-5], sizes[:-5], components[:-5], dali)
-    assert asked == [True], "a JPEG was left to DALI"
+    alone = ImageDecoder()
+    alone(images[:-5], sizes[:-5], components[:-5])
+    assert alone.dali.pipe is None, "a JPEG was left to DALI"
 
 
 def test_a_broken_image_is_named(train: Split) -> None:
