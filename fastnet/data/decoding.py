@@ -61,8 +61,7 @@ def _graph() -> DataNode:
 class ImageDecoder:
     """Decodes a few images one after another, as one of several threads does, to DALI's pixels.
 
-    They come to lie in memory that it keeps: fresh memory is cleared by the kernel page by page, for which threads
-    queue.
+    It decodes into memory that it keeps, as fresh memory has to be cleared by the kernel, page by page.
     """
 
     def __init__(self) -> None:

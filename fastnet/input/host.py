@@ -39,6 +39,13 @@ class _UnderWay(NamedTuple):
     tasks: list[Future]
 
 
+class _PerThread(local):
+    """What each thread has of its own, made where it is first asked for."""
+
+    def __init__(self) -> None:
+        self.decode = ImageDecoder()
+
+
 class HostBatches:
     """Batches of up to `largest` images of a split, in float32."""
 
@@ -51,7 +58,7 @@ class HostBatches:
         # Fresh memory would cost more than what is written to it: the kernel clears it page by page.
         self.buffers: list[NDArray[np.float32]] = []
         self.workers = ThreadPoolExecutor(spec.threads, "images")
-        self.threads = local()
+        self.this_thread = _PerThread()
 
     def begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
         """Makes the batches of `todo` (images and their inputs), instead of those that are still under way."""
@@ -98,15 +105,9 @@ class HostBatches:
         else:
             images = [self.split.jpeg(i) for i in index]
             components = [self.split.components(i) for i in index]
-            pixels, starts = self._decoder()(images, sizes, components)
+            pixels, starts = self.this_thread.decode(images, sizes, components)
         mirror = inputs.get("mirror", np.zeros(len(index), np.int32))
         self.make_images(pixels, starts, sizes, inputs["start"], inputs["end"], mirror, FACTOR, SHIFT, x)
-
-    def _decoder(self) -> ImageDecoder:
-        """This thread's."""
-        if not hasattr(self.threads, "decoder"):
-            self.threads.decoder = ImageDecoder()
-        return self.threads.decoder
 
     def _buffer(self, count: int) -> NDArray[np.float32]:
         """[count, S, S, 3] of memory that comes back when nobody refers to it any more, tensors included."""

@@ -77,12 +77,25 @@ def test_decoded_pixels_are_dalis() -> None:
     components = [read_header(image.tobytes())[2] for image in images]
     assert components == [3, 3, 3, 3, 3, 3, 1, 4, 0, 0, 0, 0]
     pixels, starts = decode(images, sizes, components)
+    assert decode.dali.pipe is not None
     for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
         got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
         np.testing.assert_array_equal(got, expected, kind)
     alone = ImageDecoder()
     alone(images[:-5], sizes[:-5], components[:-5])
     assert alone.dali.pipe is None, "a JPEG was left to DALI"
+
+
+def test_a_decoder_keeps_its_memory() -> None:
+    """Also after it had to grow: what it decodes then is whole."""
+    image, size = encoded("4:4:4"), np.array([NOISE.shape[:2]], np.int32)
+    (expected,) = Decoder(1)([image])
+    decode = ImageDecoder()
+    for count in (1, 3):
+        pixels, _ = decode([image] * count, size.repeat(count, axis=0), [3] * count)
+        np.testing.assert_array_equal(pixels.reshape(count, *NOISE.shape), np.stack([expected] * count))
+    again, _ = decode([image], size, [3])
+    assert np.shares_memory(again, pixels)
 
 
 def test_a_broken_image_is_named(train: Split) -> None:

@@ -119,6 +119,11 @@ def check_operands(seen: softgpu.Watch, dtype: torch.dtype) -> None:
     assert {"convolution", "_log_softmax"} <= seen.operators.keys()
 
 
+def is_channels_last(operand: softgpu.Operand) -> bool:
+    made = torch.empty_strided(operand.shape, operand.stride, device="meta")
+    return made.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_adamw(tiny_set: Path, tmp_path: Path) -> None:
     """From the same gradients it takes the CPU's steps, but for a few float32 roundings of a weight in each."""
     count, ended = 3, []
@@ -136,11 +141,6 @@ def test_adamw(tiny_set: Path, tmp_path: Path) -> None:
     cpu, cuda = ended
     weights = math.hypot(*(weight.norm().item() for weight in cpu.values()))
     assert distance(cuda, cpu) <= 4 * count * torch.finfo(torch.float32).eps * weights
-
-
-def is_channels_last(operand: softgpu.Operand) -> bool:
-    made = torch.empty_strided(operand.shape, operand.stride, device="meta")
-    return made.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_overflowing_step_is_skipped(tiny_set: Path, tmp_path: Path) -> None:
