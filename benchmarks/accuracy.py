@@ -1,6 +1,6 @@
 """What accuracy do the networks and the switches reach?
 
-    python -m benchmarks.accuracy EXPERIMENT --data SET --weights FILE
+    python -m benchmarks.accuracy EXPERIMENT --data SET --weights FILE --precision bf16
 
 Trains the runs of an experiment (accuracy_runs.py) by train.py, one after another, in runs/accuracy/. A command that
 was stopped continues when it is given again, and what is done stays. Writes accuracy-EXPERIMENT.csv, a row for each
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.accuracy_runs import EXPERIMENTS, Experiment, Run
-from fastnet import ensemble, figures
+from fastnet import ensemble, evaluate, figures
 from fastnet.cli import run_command
 from fastnet.data.prepared import PreparedSet, open_set
 from fastnet.errors import InputError
@@ -47,19 +47,24 @@ def main(argv: Sequence[str]) -> None:
     if experiment.classes:
         data = subset(data, experiment.classes)
     folder = OUT / f"{args.experiment}-{data.hash[:12]}"
+    given = {"weights": args.weights, "precision": args.precision}
     rows = []
     for seed in range(experiment.seeds):
         for run in experiment.runs:
-            run_dir = train(run, experiment, seed, folder, data, args.weights)
-            rows.append(row(args.experiment, run, seed, run_dir, data))
+            if run.trained:
+                run_dir = folder / f"{run.trained}-{seed}"
+                rows.append(evaluated(args.experiment, run, seed, run_dir, data))
+            else:
+                run_dir = train(run, experiment, seed, folder, data, given)
+                rows.append(row(args.experiment, run, seed, run_dir, data))
         for members in experiment.averages:
             runs = [str(folder / f"{name}-{seed}") for name in members]
             rows.append(average(args.experiment, members, seed, runs, data))
         write(args.experiment, rows)  # after each seed, as a seed may take hours
     print(table(rows))
     if experiment.curves:
-        folders = [folder / f"{run.name}-0" for run in experiment.runs]
-        curves = [read_curves(path, run.name) for path, run in zip(folders, experiment.runs, strict=True)]
+        names = [run.name for run in experiment.runs if not run.trained]
+        curves = [read_curves(folder / f"{name}-0", name) for name in names]
         for path in figures.save(figures.draw(curves), folder):
             shutil.copy(path, harness.results_dir() / f"accuracy-{args.experiment}{path.suffix}")
 
@@ -74,6 +79,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--data", type=Path, required=True, metavar="SET", help="prepared set")
     parser.add_argument("--weights", metavar="FILE", help="weights to start from, as train.py takes them")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="as train.py takes it: on a CPU with AMX, bf16 saves most of the time",
+    )
     args = parser.parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
     if args.weights is None and any("{weights}" in experiment.flags_of(run) for run in experiment.runs):
@@ -101,12 +111,12 @@ def subset(data: PreparedSet, classes: int) -> PreparedSet:
 
 
 def train(
-    run: Run, experiment: Experiment, seed: int, folder: Path, data: PreparedSet, weights: str | None
+    run: Run, experiment: Experiment, seed: int, folder: Path, data: PreparedSet, given: dict[str, str | None]
 ) -> Path:
     """Trains a run to its end, from where it was, and returns its directory."""
     run_dir = folder / f"{run.name}-{seed}"
     start = folder / f"{run.start}-{seed}" / "last.pt"
-    flags = [word.format(weights=weights, start=start) for word in shlex.split(experiment.flags_of(run))]
+    flags = [word.format(**given, start=start) for word in shlex.split(experiment.flags_of(run))]
     words = [*flags, "--data", str(data.path), "--seed", str(seed), "--run-dir", str(run_dir)]
     print(f"{run.name}, seed {seed}: train.py {shlex.join(words)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "fastnet.train", *words], stdout=sys.stderr, check=False)
@@ -132,10 +142,19 @@ def row(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dic
         "images": last.val_count,
         "epochs": len(epochs),
         "hours": f"{hours(epochs, manifest.config['batch_size']):.3f}",
-        "flags": flags.format(weights="FILE", start=f"{run.start}/last.pt"),
+        "flags": flags.format(
+            weights="FILE", precision=manifest.config["precision"], start=f"{run.start}/last.pt"
+        ),
         **of_set(data),
         **harness.described(session["started"], session),
     }
+
+
+def evaluated(name: str, run: Run, seed: int, run_dir: Path, data: PreparedSet) -> dict[str, Any]:
+    """What a trained run reaches with the weights of its last epoch, evaluated with the flags of `run`."""
+    words = shlex.split(run.flags)
+    scores = evaluate.main([str(run_dir), "--data", str(data.path), "--checkpoint", "last", *words])
+    return scored(name, run.name, seed, scores, data, flags=run.flags)
 
 
 def average(
@@ -143,12 +162,20 @@ def average(
 ) -> dict[str, Any]:
     """What the averaged scores of runs reach with the weights of their last epochs."""
     scores = ensemble.main([*runs, "--data", str(data.path), "--checkpoint", "last"])
+    return scored(name, "average of " + " and ".join(members), seed, scores, data)
+
+
+def scored(
+    name: str, run: str, seed: int, scores: dict[str, Any], data: PreparedSet, flags: str = ""
+) -> dict[str, Any]:
+    """A row of what evaluate or ensemble found just now."""
     return {
         "experiment": name,
-        "run": "average of " + " and ".join(members),
+        "run": run,
         "seed": seed,
         **{key: f"{scores[key]:.4f}" for key in ("top1", "top5", "loss")},
         "images": scores["count"],
+        "flags": flags,
         **of_set(data),
         **harness.about(),
     }

@@ -16,7 +16,7 @@ from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags, open_data
+from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
     all_logits,
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     runtime = single_process(args.device)
     data = open_data(args.data, args.runs[0])
     split = labelled_split(data, args.split)
-    runs = load_runs(args.runs, args.checkpoint, runtime)
+    runs = load_runs(args.runs, args.checkpoint, runtime, changed_settings(args))
     check_set(data, runs)
     logits = all_logits(runs, split, args.batch_size, runtime)  # [R, N, K]
     average = average_scores(logits)  # [N, K]

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastnet.cli import Parser, run_command
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
-from fastnet.inference.flags import add_inference_flags, open_data
+from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import as_json, count_hits, labelled_split, logits_of
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     runtime = single_process(args.device)
     data = open_data(args.data, args.run)
     split = labelled_split(data, args.split)
-    runs = load_runs([args.run], args.checkpoint, runtime)
+    runs = load_runs([args.run], args.checkpoint, runtime, changed_settings(args))
     check_set(data, runs)
     ((name, run),) = runs.items()
     totals = count_hits(logits_of(run, split, args.batch_size, runtime, name), split.labels)

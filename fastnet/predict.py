@@ -18,7 +18,7 @@ from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError, printable
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags, open_data
+from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
 from fastnet.inference.images import find_images, images_as_split
 from fastnet.inference.runs import TrainedRun, check_set, load_runs
 from fastnet.inference.scores import all_logits, average_scores
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise InputError("--images and --data: give one of them; image files are not part of a set")
 
     runtime = single_process(args.device)
-    runs = load_runs(args.runs, args.checkpoint, runtime)
+    runs = load_runs(args.runs, args.checkpoint, runtime, changed_settings(args))
     first = next(iter(runs.values()))
     if args.images:
         one_folder = args.images[0] if len(args.images) == 1 and args.images[0].is_dir() else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from fastnet.cli import Parser, positive_int
 from fastnet.data.default import default_set
@@ -29,6 +31,24 @@ def add_inference_flags(parser: Parser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the networks run"
     )
+
+    parser.add_argument(
+        "--eval-crop",
+        metavar="X",
+        type=float,
+        help="side of the centre crop, as a fraction of the resized image's; default: that of the training",
+    )
+    parser.add_argument(
+        "--flip-average",
+        action=argparse.BooleanOptionalAction,
+        help="average the scores of each image and its mirror image, or do not; default: as in the training",
+    )
+
+
+def changed_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the training that the flags of `add_inference_flags` replace."""
+    changes = {"eval_crop": args.eval_crop, "flip_average": args.flip_average}
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def open_data(choice: Path | None, run_dir: Path) -> PreparedSet:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,17 +35,20 @@ class TrainedRun:
     amp: torch.dtype | None
 
 
-def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun:
+def load_run(
+    run_dir: Path, runtime: Runtime, which: str = "best", changes: dict[str, Any] | None = None
+) -> TrainedRun:
     """Reads the network of a run directory from `which` of its checkpoints: best or last.
 
-    Raises InputError if there is no run, no such checkpoint, or it is damaged.
+    `changes` replace settings of its training that leave its weights alone, such as eval_crop. Raises InputError if
+    there is no run, no such checkpoint, it is damaged, or a change is out of range.
     """
     if not run_dir.is_dir():
         raise InputError(f"{run_dir}: no such run; give the directory that train.py wrote (--run-dir)")
     path = run_dir / f"{which}.pt"
     saved = load(path)
     # Training may have used an LSTM backend that this machine lacks.
-    config = replace(saved.config, backend="auto")
+    config = replace(saved.config, backend="auto", **changes or {})
     network = Network(config, len(saved.classes))
     load_model(network, path, saved.result)
     with memory_for(f"{run_dir}: its network", runtime.device, "free some of it, or use --device cpu"):
@@ -53,13 +57,18 @@ def load_run(run_dir: Path, runtime: Runtime, which: str = "best") -> TrainedRun
     return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash, amp)
 
 
-def load_runs(run_dirs: Sequence[Path], which: str, runtime: Runtime) -> dict[str, TrainedRun]:
-    """Runs with the same classes, by short names. Raises InputError for one that cannot be used, or is named twice."""
+def load_runs(
+    run_dirs: Sequence[Path], which: str, runtime: Runtime, changes: dict[str, Any] | None = None
+) -> dict[str, TrainedRun]:
+    """Runs with the same classes, by short names, each as `load_run` reads it.
+
+    Raises InputError for one that cannot be used, or is named twice.
+    """
     names = short_names(run_dirs)
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name}: the run is named twice; name each once")
-    runs = {name: load_run(path, runtime, which) for name, path in zip(names, run_dirs, strict=True)}
+    runs = {name: load_run(path, runtime, which, changes) for name, path in zip(names, run_dirs, strict=True)}
     for name, run in runs.items():
         check_classes(f"run {name}", run.classes, f"run {names[0]}", runs[names[0]].classes)
     return runs

@@ -9,10 +9,11 @@ import pytest
 
 from benchmarks import accuracy, accuracy_runs, harness
 from benchmarks.accuracy_runs import Experiment, Run
-from fastnet.cli import SettingsParser
+from fastnet.cli import Parser, SettingsParser
 from fastnet.config import Config, with_flags
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
+from fastnet.inference.flags import add_inference_flags, changed_settings
 from fastnet.training.events import EpochEvent
 
 FLAGS = "sample --image-size 32 --batch-size 14 --epochs 1"
@@ -21,7 +22,12 @@ TINY = Experiment(
     FLAGS,
     (
         Run("baseline", "--network baseline"),
-        Run("lstm", "--network lstm --head-epochs 1 --weights {start}", start="baseline"),
+        Run(
+            "lstm",
+            "--network lstm --head-epochs 1 --precision {precision} --weights {start}",
+            start="baseline",
+        ),
+        Run("centre", "--eval-crop 0.5 --flip-average", trained="lstm"),
     ),
     seeds=2,
     averages=(("baseline", "lstm"),),
@@ -43,14 +49,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.long
 def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["tiny", "--data", str(tiny_set)]
+    command = ["tiny", "--data", str(tiny_set), "--precision", "fp32"]
     accuracy.main(command)
     rows = harness.read_csv(folder / "accuracy-tiny.csv")
-    names = ["baseline", "lstm", "average of baseline and lstm"]
+    names = ["baseline", "lstm", "centre", "average of baseline and lstm"]
     assert [(row["run"], row["seed"]) for row in rows] == [(name, seed) for seed in "01" for name in names]
     assert {row["epochs"] for row in rows} == {"1", "2", ""}
     assert all(0 <= float(row["top1"]) <= float(row["top5"]) <= 1 and row["images"] == "10" for row in rows)
-    assert rows[1]["flags"].endswith("--weights baseline/last.pt")
+    assert rows[1]["flags"].endswith("--precision fp32 --weights baseline/last.pt")
+    assert rows[2]["flags"] == "--eval-crop 0.5 --flip-average" and rows[2]["loss"] != rows[1]["loss"]
     assert (folder / "accuracy-tiny.png").stat().st_size > 10_000
     assert "| average of baseline and lstm |" in capfd.readouterr().out
 
@@ -111,7 +118,13 @@ def test_flags_of_the_experiments_are_flags_of_train(name: str) -> None:
     assert len(set(names)) == len(names)
     for n, run in enumerate(experiment.runs):
         assert run.start in ("", *names[:n])
-        words = experiment.flags_of(run).format(weights="FILE", start="FILE").split()
+        if run.trained:
+            parser = Parser(prog="evaluate", description="")
+            add_inference_flags(parser)
+            with_flags(Config(), changed_settings(parser.parse_args(run.flags.split())))
+            assert any(run.trained == other.name and not other.trained for other in experiment.runs[:n])
+            continue
+        words = experiment.flags_of(run).format(weights="FILE", start="FILE", precision="bf16").split()
         given = SettingsParser(prog="train", description="").parse(words)
         config = with_flags(Config(), given)
         assert config.image_size < 224 or config.cache_features, "without a GPU this would take days"

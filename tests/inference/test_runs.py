@@ -63,3 +63,26 @@ def test_runs_that_cannot_be_used_are_named(tiny_set: Path, runs: list[Path], tm
             command([str(baseline), str(renamed), *data, "--out", str(tmp_path / "out")])
         with pytest.raises(InputError, match="baseline: the run is named twice"):
             command([str(baseline), str(baseline), *data, "--out", str(tmp_path / "out")])
+
+
+def test_a_run_is_evaluated_in_another_way_than_it_was_trained(
+    tiny_set: Path, runs: list[Path], tmp_path: Path
+) -> None:
+    """As if it had been trained with these settings; `altered` says that it was."""
+
+    def other_evaluation(content: dict) -> None:
+        content["config"] |= {"eval_crop": 0.5, "flip_average": True}
+
+    def loss(run: Path, *flags: str) -> float:
+        return evaluate.main([str(run), "--data", str(tiny_set), *flags])["loss"]
+
+    plain = runs[0]
+    other = altered(plain, tmp_path / "other", other_evaluation)
+    assert loss(plain, "--eval-crop", "0.5", "--flip-average") == loss(other) != loss(plain)
+    assert loss(other, "--eval-crop", "1", "--no-flip-average") == loss(plain)
+    assert loss(other, "--no-flip-average") not in (loss(plain), loss(other)), "what is not named stays"
+
+    both = ensemble.main([*map(str, runs), "--data", str(tiny_set), "--eval-crop", "0.5", "--flip-average"])
+    assert both["runs"]["baseline"]["loss"] == pytest.approx(loss(other), rel=1e-6)
+    with pytest.raises(InputError, match=r"--eval-crop 2.0: must lie between 0 and 1"):
+        predict.main([str(plain), "--data", str(tiny_set), "--out", str(tmp_path / "x"), "--eval-crop", "2"])
