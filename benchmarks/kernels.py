@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Table
-from benchmarks.step import Resident, make_trainer
+from benchmarks.step import Resident, at_phase
 from benchmarks.trace import Trace, counts_of, kernels_of, traced
 from fastnet.cli import run_command
 from fastnet.config import paper
@@ -35,16 +35,16 @@ def main(argv: Sequence[str]) -> None:
     runtime, data = single_process(), default_set(None)
     table = Table("kernels", quick=args.quick)
     for network in ("baseline", "lstm"):
-        config = replace(paper(network), batch_size=256, weights="none")
+        config = replace(paper(network), batch_size=256, weights="none", cuda_graph="off")
         x = torch.randn(config.batch_size, 3, config.image_size, config.image_size, device=runtime.device)
         y = torch.arange(config.batch_size, device=runtime.device) % len(data.classes)
         batch = Batch(
             x.to(runtime.image_dtype, memory_format=torch.channels_last), y, np.arange(config.batch_size)
         )
-        trainer = make_trainer(config, "full", data, Resident(batch, 10**6), runtime)
-        for _ in range(WARMUP):
-            trainer.train_step()
-        trace = Trace(traced(trainer.train_step, STEPS, runtime.device))
+        with at_phase(config, "full", data, runtime, Resident(batch, 10**6)) as trainer:
+            for _ in range(WARMUP):
+                trainer.train_step()
+            trace = Trace(traced(trainer.train_step, STEPS, runtime.device))
         case = {"network": network, "image_size": config.image_size, "batch": config.batch_size}
         for name, count in counts_of(trace, STEPS).items():
             table.add(case, "all", name, "a step", [count])

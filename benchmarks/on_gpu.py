@@ -7,6 +7,7 @@ the tests said (gpu-tests.txt), and gpu.json with each part's exit code and seco
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -25,12 +26,13 @@ from fastnet.errors import InputError
 
 # What runs, and the seconds it may take: under ten minutes in all.
 PARTS: dict[str, tuple[list[str], float]] = {
-    "tests": (["pytest", "-m", "gpu"], 150),
+    "tests": (["pytest", "-m", "gpu", "-v", "-n", "4"], 150),  # most of it is compiling
     "lstm": (["benchmarks.lstm", "--quick"], 150),
     "pipeline": (["benchmarks.pipeline", "--quick"], 60),
     "step": (["benchmarks.step", "--quick"], 150),
     "kernels": (["benchmarks.kernels", "--quick"], 60),
 }
+PATIENCE = 5.0  # seconds
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -57,7 +59,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def run_parts(parts: Mapping[str, tuple[list[str], float]], logs: Path) -> dict[str, Any]:
     """Runs `python -m` each part, whatever became of the one before; exit code None is for one cut off at its limit.
 
-    What a part prints goes to gpu-PART.txt in `logs`.
+    What a part prints goes to gpu-PART.txt in `logs`. At its limit it is interrupted first, so that it can say what it
+    has, and killed after `PATIENCE`.
     """
     outcome: dict[str, Any] = {}
     for name, (words, seconds) in parts.items():
@@ -72,7 +75,11 @@ def run_parts(parts: Mapping[str, tuple[list[str], float]], logs: Path) -> dict[
             try:
                 code = process.wait(seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with the workers that it has started
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with the workers that it has started
         outcome[name] = {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
     return outcome
 

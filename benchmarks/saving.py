@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Laps, write_result
-from benchmarks.step import Resident, make_trainer
+from benchmarks.step import Resident, at_phase
 from fastnet.config import Config, sample
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import single_process
@@ -32,15 +32,16 @@ STEPS, SECONDS = 8, 100
 def main() -> None:
     config, data, runtime = sample("lstm"), default_set(None), single_process()
     size = config.image_size
-    images = torch.randn(config.batch_size, 3, size, size, device=runtime.device)
+    x = torch.randn(config.batch_size, 3, size, size, device=runtime.device)
     batch = Batch(
-        images.to(runtime.image_dtype, memory_format=torch.channels_last),
+        x.to(runtime.image_dtype, memory_format=torch.channels_last),
         torch.arange(config.batch_size, device=runtime.device) % len(data.classes),
         np.arange(config.batch_size),
     )
-    trainer = make_trainer(config, "full", data, Resident(batch, steps_per_epoch=10**6), runtime)
-    trainer.train_step()
     with contextlib.ExitStack() as stack:
+        images = Resident(batch, steps_per_epoch=10**6)
+        trainer = stack.enter_context(at_phase(config, "full", data, runtime, images))
+        trainer.train_step()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
         trainer.recorder = stack.enter_context(Recorder(folder, main=True, step=0, kept=0))
         trainer.writer = stack.enter_context(Writer(folder / "last.pt", None))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.step [--quick] [--data SET]
 
-For both networks in both phases, these take turns: steps of a real epoch; the same steps on one resident batch, which
-is the limit; with frozen convolutions, steps on their kept outputs; the network written plainly (a DataLoader over PIL
+For both networks in both phases, these take turns: steps of an epoch as train.py makes them, on a GPU with the set in
+its memory and as a CUDA graph where train.py does so; the same steps on one resident batch, which is the limit; with
+frozen convolutions, steps on their kept outputs; the network written plainly (a DataLoader over PIL
 images, NCHW, float32, an nn.LSTM per group, gradients for all parameters); and for the baseline the steps of
 torchvision's and timm's training scripts. Then it says where the time of an epoch's step goes, from a trace of
 torch.profiler, and measures weak scaling over ranks with train.py itself.
@@ -44,12 +45,17 @@ from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, single_process
+from fastnet.input.device import DeviceTrainStream
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
 from fastnet.network.network import Network
 from fastnet.training.batches import Streamed
+from fastnet.training.capture import own_stream
 from fastnet.training.evaluated import Evaluated
 from fastnet.training.features import FeatureTrainStream, FrozenFeatures
+from fastnet.training.inputs import Inputs
+from fastnet.training.records import write_manifest
+from fastnet.training.setup import choices
 from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
@@ -82,16 +88,30 @@ class OneStream:
         return self.batches, None
 
 
-def make_trainer(config: Config, phase: str, data: PreparedSet, stream: Any, runtime: Runtime) -> Trainer:
-    """A trainer at the start of `phase`, whose `train_step` takes its batches from `stream`. It writes no files."""
-    trainer = Trainer(config, data, Path("runs") / "benchmarks", runtime)
-    trainer.network.to(runtime.device)
-    trainer.evaluated = Evaluated(trainer.network, config)
-    trainer.state.phase = [p.name for p in trainer.phases].index(phase)
-    inputs: Any = OneStream(stream, runtime.device)
-    trainer.inputs, trainer.graphs = inputs, "off"
-    trainer.begin_phase()
-    return trainer
+@contextlib.contextmanager
+def at_phase(
+    config: Config, phase: str, data: PreparedSet, runtime: Runtime, stream: Any = None
+) -> Iterator[Trainer]:
+    """A trainer at the start of `phase`, whose `train_step` takes batches from `stream`, or as train.py does."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        trainer = Trainer(config, data, Path(folder), runtime)
+        trainer.network.to(runtime.device)
+        trainer.evaluated = Evaluated(trainer.network, config)
+        trainer.state.phase = [p.name for p in trainer.phases].index(phase)
+        chosen = choices(config, runtime)
+        trainer.graphs = chosen["cuda_graph"]
+        inputs: Any
+        if stream is None:
+            inputs = Inputs(config, data, runtime, chosen, lambda _: None)
+            stack.callback(inputs.close)
+        else:
+            inputs = OneStream(stream, runtime.device)
+        trainer.inputs = inputs
+        write_manifest(trainer.run_dir, config, data, chosen)
+        stack.enter_context(own_stream(runtime.device))
+        stack.callback(trainer.close_phase)
+        trainer.begin_phase()
+        yield trainer
 
 
 def in_turn(
@@ -124,42 +144,37 @@ def measure(
     """One network in one phase: epoch, limit and, if everything trains, written plainly."""
     size, batch, threads = case["image_size"], case["batch"], case["threads"]
     print(f"{case['network']}, phase {case['phase']}, {size} px, batch {batch}, {threads} threads")
-    config = replace(
-        paper(case["network"]), image_size=size, batch_size=batch, weights="none", head_epochs=1, plateau=0
-    )
-    spec = InputSpec(
-        size, runtime.device, runtime.image_dtype, resolve_decode("auto", runtime.device), threads
-    )
-    steps = 2
+    sizes = {"image_size": size, "batch_size": batch, "threads": threads}
+    config = replace(paper(case["network"]), **sizes, weights="none", head_epochs=1, plateau=0)
+    steps, phase = 2, case["phase"]
     with contextlib.ExitStack() as stack:
-        stream = TrainStream(data.splits["train"], spec, config.augment, batch_size=batch, seed=0)
-        stack.enter_context(contextlib.closing(stream))
-        trainer = make_trainer(config, case["phase"], data, stream, runtime)
-        x, y, index = next(stream)
-        kept = Resident(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
-        limit = make_trainer(config, case["phase"], data, kept, runtime)
+        trainer = stack.enter_context(at_phase(config, phase, data, runtime))
+        kept = one_batch(config, data, runtime)
+        limit = stack.enter_context(at_phase(config, phase, data, runtime, kept))
         plain = Plain(trainer.network, config).to(runtime.device)
         problem = difference(trainer.network, plain, kept.batch.x, runtime)
         if problem:
             table.note(case, EPOCH, problem)
             return
+        stream: Any = trainer.inputs.images
+        ahead = 0 if isinstance(stream, DeviceTrainStream) else PREFETCH
         ready = {
-            EPOCH: in_turn(trainer.train_step, lambda: next(stream), PREFETCH, steps),
+            EPOCH: in_turn(trainer.train_step, lambda: next(stream), ahead, steps),
             LIMIT: in_turn(limit.train_step, lambda: None, 0, steps),
         }
-        if case["phase"] == "head":
+        if phase == "head":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
             features = KeptFeatures(config, data, runtime, folder, threads)
-            on_features = make_trainer(config, case["phase"], data, features, runtime)
+            on_features = stack.enter_context(at_phase(config, phase, data, runtime, features))
             ready[KEPT] = in_turn(on_features.train_step, lambda: None, 0, steps)
-        if case["phase"] == "full":
+        if phase == "full":
             optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
             batches = stack.enter_context(
                 loader(source, size, threads, runtime.device, make=pil_dataset, labels=True)
             )
             work = lambda: plain_step(plain, optimizer, *batches())
             ready[PLAIN] = in_turn(work, batches, 2 * threads, steps)
-        if case["phase"] == "full" and case["network"] == "baseline":
+        if phase == "full" and case["network"] == "baseline":
             for name, (images, made) in peers().items():
                 batches = stack.enter_context(
                     loader(source, size, threads, runtime.device, make=images, labels=True)
@@ -171,9 +186,21 @@ def measure(
         for name, laps in times.items():
             rates = steps * batch * 1e3 / np.array(laps["steps"])
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
+        if runtime.device.type == "cuda":  # a replayed graph runs nothing under the ranges
+            trainer = stack.enter_context(at_phase(replace(config, cuda_graph="off"), phase, data, runtime))
         trace = Trace(traced(trainer.train_step, steps, runtime.device))
         for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
+
+
+def one_batch(config: Config, data: PreparedSet, runtime: Runtime) -> Resident:
+    """The first batch of an epoch, over and over."""
+    decode = resolve_decode("auto", runtime.device)
+    spec = InputSpec.of(config, runtime.device, runtime.image_dtype, decode, config.threads)
+    stream = TrainStream(data.splits["train"], spec, config.augment, batch_size=config.batch_size, seed=0)
+    with contextlib.closing(stream):
+        x, y, index = next(stream)
+        return Resident(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
 
 
 class KeptFeatures(FeatureTrainStream):
@@ -296,11 +323,14 @@ def main(argv: Sequence[str]) -> None:
         return
     table = Table("step", quick=args.quick)
     with tempfile.TemporaryDirectory() as folder:
+        source = Source(data.splits["train"], Path(folder), batch=0)  # each case's own
         for network, phase, size, batch in cases(runtime, quick=args.quick):
             case = {"network": network, "phase": phase, "image_size": size, "batch": batch}
             case |= {"threads": args.threads, "device": runtime.device.type}
-            source = Source(data.splits["train"], Path(folder), batch)
+            source.batch = batch
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
+            if args.quick:  # what ends it at a limit leaves the cases before
+                table.write()
     if runtime.device.type == "cuda":
         host_costs(table, data, runtime.device, quick=args.quick, threads=args.threads)
     paces(table)

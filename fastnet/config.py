@@ -271,7 +271,7 @@ class Config:
             raise InputError(
                 f"--checkpoint-every {self.checkpoint_every}: give steps, or a time such as 30s, 5m or 1h"
             )
-        if self.cache_features and (self.mixup or self.cutmix):
+        if self.cache_features and self.mixes:
             raise InputError(
                 "--cache-features: mixed images have no kept features; leave out --mixup and --cutmix"
             )
@@ -307,6 +307,11 @@ class Config:
             raise InputError(
                 f"{flag}: where --plateau ends the run, nobody knows its last epochs; leave one out"
             )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes images."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @property
     def read_stages(self) -> tuple[str, ...]:
@@ -418,7 +423,8 @@ def choose_preset(name: str | None, data_kind: str) -> Callable[[str], Config]:
 
 
 def with_flags(config: Config, flags: dict[str, Any]) -> Config:
-    """`config` with the values of the given flags. Raises InputError for one out of range, or without effect."""
+    """`config` with the values of the given flags. Raises InputError for one out of range, and for --cache-features
+    where nothing is frozen."""
     inner = {item.name for item in dataclasses.fields(Augment)}
     outer = {item.name for item in dataclasses.fields(Config)}
     augment = replace(config.augment, **{k: v for k, v in flags.items() if k in inner})

@@ -16,7 +16,7 @@ from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
+from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
     all_logits,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, help="folder in which to save all scores, as scores.npz"
     )
-    add_inference_flags(parser)
+    add_evaluation_flags(parser)
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         raise InputError(f"{args.runs[0]}: an ensemble takes two or more runs; name another")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from fastnet.cli import Parser, run_command
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
-from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
+from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import as_json, count_hits, labelled_split, logits_of
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="directory of a run")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
-    add_inference_flags(parser)
+    add_evaluation_flags(parser)
     args = parser.parse_args(argv)
 
     runtime = single_process(args.device)

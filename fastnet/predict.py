@@ -18,7 +18,7 @@ from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError, printable
 from fastnet.files import atomic_write
-from fastnet.inference.flags import add_inference_flags, changed_settings, open_data
+from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.images import find_images, images_as_split
 from fastnet.inference.runs import TrainedRun, check_set, load_runs
 from fastnet.inference.scores import all_logits, average_scores
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         type=Path,
         help="file to write; with --images a CSV table, or JSON lines if it ends in .jsonl",
     )
-    add_inference_flags(parser)
+    add_evaluation_flags(parser)
     args = parser.parse_args(argv)
     if not args.images and not args.out:
         raise InputError("--out: missing; name the file for the test split's predictions")

@@ -42,6 +42,19 @@ def settings_of(given: dict[str, Any], data_kind: str) -> Config:
     return with_flags(config, given)
 
 
+def meeting_of(given: dict[str, Any]) -> tuple[float, str]:
+    """The `timeout` and `device` of the same command line. The ranks meet by them before they know the data, and so the
+    preset, which sets neither."""
+    names = ("timeout", "device")
+    values = file_settings(given)
+    try:
+        config = Config.from_json({name: values[name] for name in names if name in values})
+    except (msgspec.ValidationError, InputError) as error:
+        raise InputError(f"--config {given['config']}: {error}") from error
+    config = with_flags(config, {name: given[name] for name in names if name in given})
+    return config.timeout, config.device
+
+
 def file_settings(given: dict[str, Any]) -> dict[str, Any]:
     """What the file of --config sets, {} without one. Raises InputError, naming the file, for what is no setting."""
     path: Path | None = given["config"]

@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 from fastnet.cli import SettingsParser, directory, run_command
 from fastnet.config import Config
 from fastnet.data.default import default_set
-from fastnet.distributed.device import choose_precision, make_deterministic
+from fastnet.distributed.device import make_deterministic
 from fastnet.distributed.lock import run_lock
 from fastnet.distributed.memory import memory_for
-from fastnet.distributed.ranks import Runtime, joined
-from fastnet.settings import as_toml, settings_of
+from fastnet.distributed.ranks import Runtime, agreed_precision, joined
+from fastnet.settings import as_toml, meeting_of, settings_of
 from fastnet.training.trainer import Trainer
 
 REMEDY = (
@@ -57,15 +57,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         print(as_toml(config), end="")
         return {"config": config.to_json()}
 
-    # Which data there is can change the preset, but no preset says how the ranks meet.
-    meeting = settings_of(given, data_kind="unknown")
-    with joined(meeting.timeout, meeting.device) as runtime:
+    with joined(*meeting_of(given)) as runtime:
         with runtime.agree():
             data = default_set(given["data"])
             config = settings_of(given, data.source["kind"])
-            runtime.amp = choose_precision(config.precision, runtime.device)
             if config.deterministic:
                 make_deterministic()
+        runtime.amp = agreed_precision(config.precision, runtime)
         run_dir = given["run_dir"] or Path("runs") / config.network
         with (
             run_lock(run_dir, runtime) as lock,

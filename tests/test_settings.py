@@ -11,7 +11,7 @@ from fastnet import train
 from fastnet.cli import SettingsParser
 from fastnet.config import NETWORKS, PRESETS, Config
 from fastnet.errors import InputError
-from fastnet.settings import as_toml, settings_of
+from fastnet.settings import as_toml, meeting_of, settings_of
 
 
 def resolved(*argv: str, data_kind: str = "zip") -> Config:
@@ -85,3 +85,20 @@ def test_a_file_may_hold_what_only_some_networks_use(tmp_path: Path) -> None:
         resolved("--config", str(file))
     before = Config().to_json() | {"cache_features": 2}
     assert Config.from_json(before).cache_features == 2
+
+
+def test_the_ranks_meet_by_two_settings_alone(tmp_path: Path) -> None:
+    """The others may be wrong for the preset that is named before the data is known."""
+
+    def meeting(*argv: str) -> tuple[float, str]:
+        return meeting_of(SettingsParser(prog="train.py", description="").parse(argv))
+
+    file = tmp_path / "run.toml"
+    file.write_text('timeout = 7\nnetwork = "lstm"\nepochs = 0\naverage_last = 2\n')
+    assert meeting("--config", str(file)) == (7.0, Config.device)
+    assert meeting("--config", str(file), "--timeout", "9", "--device", "cpu") == (9.0, "cpu")
+    with pytest.raises(InputError, match=r"^--timeout -1\.0: must be greater than 0"):
+        meeting("--config", str(file), "--timeout", "-1")
+    file.write_text("timeout = -1")
+    with pytest.raises(InputError, match=r"run\.toml: --timeout -1\.0: must be greater than 0"):
+        meeting("--config", str(file))

@@ -91,13 +91,16 @@ class Runtime:
         if problem:
             raise InputError(problem)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of the ranks, on every rank. Collective."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def first_of(self, value: T | None) -> T | None:
         """The first rank's `value` that is not None, on every rank; None where all are. Collective."""
-        values: list[T | None] = [value]
-        if self.world_size > 1:
-            values *= self.world_size
-            dist.all_gather_object(values, value, group=self.control)
-        return next((v for v in values if v is not None), None)
+        return next((v for v in self.gather(value) if v is not None), None)
 
     def from_main(self, value: T) -> T:
         """Rank 0's `value`, on every rank. Collective."""
@@ -109,11 +112,15 @@ class Runtime:
 
     def is_first_with(self, key: str) -> bool:
         """Whether no rank before this one has the same key. Collective."""
-        if self.world_size == 1:
-            return True
-        keys: list[str] = [""] * self.world_size
-        dist.all_gather_object(keys, key, group=self.control)
-        return keys.index(key) == self.rank
+        return self.gather(key).index(key) == self.rank
+
+
+def agreed_precision(choice: str, runtime: Runtime) -> torch.dtype | None:
+    """The autocast dtype that `--precision` means, the same on every rank: GPUs of which some are older than sm_80 have
+    fp16 in common. Collective. Raises InputError where a rank cannot have it."""
+    with runtime.agree():
+        own = choose_precision(choice, runtime.device)
+    return own if len(set(runtime.gather(own))) == 1 else torch.float16
 
 
 def single_process(device: str = "auto") -> Runtime:

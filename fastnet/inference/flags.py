@@ -32,6 +32,10 @@ def add_inference_flags(parser: Parser) -> None:
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="where the networks run"
     )
 
+
+def add_evaluation_flags(parser: Parser) -> None:
+    """Those of `add_inference_flags`, and how the images are looked at."""
+    add_inference_flags(parser)
     parser.add_argument(
         "--eval-crop",
         metavar="X",
@@ -46,7 +50,7 @@ def add_inference_flags(parser: Parser) -> None:
 
 
 def changed_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings of the training that the flags of `add_inference_flags` replace."""
+    """The settings of the training that the flags of `add_evaluation_flags` replace."""
     changes = {"eval_crop": args.eval_crop, "flip_average": args.flip_average}
     return {name: value for name, value in changes.items() if value is not None}
 

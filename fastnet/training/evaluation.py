@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,14 +40,14 @@ def validate(network: Network, stream: Iterable[Batch], runtime: Runtime, phase:
     return totals
 
 
-def evaluate_saved(network: Network, path: Path, stream: Iterable[Batch], runtime: Runtime) -> Totals:
-    """The same with the weights of a checkpoint, which rank 0 reads into `network` of every rank."""
-    weights: dict[str, Any] = {}
+def evaluate_saved(
+    network: Network, path: Path, stream: Iterable[Batch], runtime: Runtime, phase: Phase
+) -> Totals:
+    """The same with the weights of a checkpoint, which rank 0 reads into `network`."""
     with runtime.agree():
         if runtime.is_main:
-            weights = load(path).result
-    network.load_state_dict(runtime.from_main(weights))
-    return evaluate(network, stream, runtime)
+            network.load_state_dict(load(path).result)
+    return validate(network, stream, runtime, phase)
 
 
 def check_weights(network: Network, step: int, phase: Phase) -> None:

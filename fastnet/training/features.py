@@ -6,7 +6,7 @@ in place of images from then on: epoch e of the run sees draw e % K.
 
 A directory is named after all that the numbers depend on, so runs that freeze the same weights share it. It holds a
 file for each `SHARD` images of a draw, which is there whole or not at all: what was stopped goes on where it was, and
-the ranks divide the files.
+the ranks that write to one disk divide the files.
 
 Shapes: B images of a batch, R numbers of an image, C, H, W channels, height and width of a stage's output.
 """
@@ -34,6 +34,7 @@ from fastnet.data.holdout import Division
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
+from fastnet.distributed.storage import ranks_sharing
 from fastnet.errors import InputError
 from fastnet.files import STALE, atomic_write, remove_leftovers
 from fastnet.input.graph import InputSpec, resolve_decode
@@ -112,24 +113,27 @@ class FrozenFeatures:
         return named
 
     def prepare(self, threads: int, stop: StopSignal | None = None) -> bool:
-        """Computes the missing files, each rank some of them. Collective. Returns False after a signal to stop.
+        """Computes the missing files, each rank some of those that its disk lacks. Collective. Returns False after a
+        signal to stop.
 
-        Raises InputError if the disk has no room for them, before the first one.
+        Raises InputError if a disk has no room for them, before the first one.
         """
         files = self.files()
-        # By one rank's look: other runs may be making the same files meanwhile.
-        missing = self.runtime.from_main([path for path in files if not path.exists()])
-        if not missing:
+        seen = self.runtime.gather([path.name for path in files if not path.exists()])
+        if not any(seen):
             return True
+        sharing = ranks_sharing(self.folder.parent, self.runtime)
+        # By one rank's look: other runs may be making the same files meanwhile.
+        missing = {path: file for path, file in files.items() if path.name in seen[sharing[0]]}
         with self.runtime.agree():
-            if self.runtime.is_main:
+            if missing and self.runtime.rank == sharing[0]:
                 remove_leftovers(self.folder, older=STALE)
-                self._check_room(sum(len(files[path][2]) for path in missing))
+                self._check_room(sum(len(images) for _, _, images in missing.values()))
         training = self.network.training
         self.network.eval()
         done = all(
             self._compute(
-                {path: files[path] for path in missing if files[path][0] == use}, use, threads, stop
+                {path: file for path, file in missing.items() if file[0] == use}, use, sharing, threads, stop
             )
             for use in self.splits
         )
@@ -153,18 +157,18 @@ class FrozenFeatures:
         self,
         files: dict[Path, tuple[str, str, NDArray[np.int64]]],
         use: str,
+        sharing: list[int],
         threads: int,
         stop: StopSignal | None,
     ) -> bool:
         """In rounds, in which each rank makes one of the files, and after which all of them stop if one is to."""
-        ranks = self.runtime.world_size
-        named = list(files.items())
-        rounds = [named[first : first + ranks] for first in range(0, len(named), ranks)]
+        mine = list(files.items())[sharing.index(self.runtime.rank) :: len(sharing)]
+        rounds = max(self.runtime.gather(len(mine)))
         with contextlib.ExitStack() as stack:
             stream: DrawnStream | None = None
-            for of_ranks in track(f"features for {use}", rounds, len(rounds), "files"):
+            for number in track(f"features for {use}", range(rounds), rounds, "files"):
                 with self.runtime.agree():
-                    for path, (_, draw, index) in of_ranks[self.runtime.rank :][:1]:
+                    for path, (_, draw, index) in mine[number : number + 1]:
                         stream = stream or stack.enter_context(closing(self._stream(use, threads)))
                         self._write(
                             path, stream.of(index, 0 if draw == VALIDATION else int(draw)), len(index)

@@ -19,7 +19,7 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
 from fastnet.input.graph import InputSpec, resolve_decode
-from fastnet.input.streams import EvalStream, TrainStream
+from fastnet.input.streams import EvalStream, TrainStream, check_batch_size
 from fastnet.network.network import Network
 from fastnet.progress import track
 from fastnet.training.batches import Resident, Stream, Streamed
@@ -48,11 +48,13 @@ class Inputs:
         self.config, self.data, self.runtime, self.waited = config, data, runtime, waited
         self.threads = chosen["threads"]
         self.division = divide(data, config.holdout)
+        train, images = self.division.train, len(self.division.train_images)
+        check_batch_size(train.name, images, config.batch_size, config.parts, runtime.world_size)
         chosen["validation"] = "holdout" if config.holdout else "val"
         chosen |= place(config, splits_read(data, self.division), runtime)
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
-        self.steps_per_epoch = len(self.division.train_images) // config.batch_size
+        self.steps_per_epoch = images // config.batch_size
         self.share = config.micro_batch(runtime.world_size)
         if config.holdout:  # the look at the end must not fail then, after hours
             self.open_val(data.splits["val"]).close()

@@ -25,8 +25,14 @@ class Stopwatch:
     def restart(self) -> None:
         """Begins an epoch, or the part of one that this session trains."""
         self.waits: list[float] = []
-        self.events: list[torch.cuda.Event] = []
-        self.times: list[float] = []
+        self.events: list[list[torch.cuda.Event]] = []
+        self.times: list[list[float]] = []
+        self.resume()
+
+    def resume(self) -> None:
+        """To be called after what is no part of the steps, such as saving."""
+        self.events.append([])
+        self.times.append([])
         self.step()
 
     def waited(self, seconds: float) -> None:
@@ -38,16 +44,17 @@ class Stopwatch:
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.events.append(event)
+            self.events[-1].append(event)
         else:
-            self.times.append(time.perf_counter())
+            self.times[-1].append(time.perf_counter())
 
     def milliseconds(self) -> np.ndarray:
         """[steps] float64: the time of each step since `restart`. Waits for the device."""
         if self.device.type != "cuda":
-            return np.diff(self.times) * 1e3
+            return np.concatenate([np.diff(times) for times in self.times]) * 1e3
         torch.cuda.synchronize()
-        return np.array([a.elapsed_time(b) for a, b in itertools.pairwise(self.events)])
+        pairs = (pair for events in self.events for pair in itertools.pairwise(events))
+        return np.array([a.elapsed_time(b) for a, b in pairs])
 
     def summary(self, batch_size: int) -> dict[str, Any]:
         """What an epoch's line of metrics.jsonl says of speed and memory; `batch_size` is the global one."""

@@ -125,7 +125,7 @@ def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.opti
     kinds: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, p in trained:
         plain = p.ndim == 1 or "bias" in name
-        kinds.setdefault((-lr_scale(name, config.layer_decay), plain), []).append(p)
+        kinds.setdefault((-lr_scale(name, config), plain), []).append(p)
     groups = [
         {"params": members, "weight_decay": 0.0 if plain else config.weight_decay, "lr_scale": -scale}
         for (scale, plain), members in sorted(kinds.items(), key=lambda item: item[0])
@@ -151,13 +151,13 @@ def make_optimizer(phase: Phase, network: Network, config: Config) -> torch.opti
     return optimizer
 
 
-def lr_scale(name: str, layer_decay: float) -> float:
-    """The factor of a parameter's learning rate: 1 for the head, and `layer_decay` times that for each stage from
-    conv5 down to the first convolution."""
-    layers = ("conv1", "bn1", *LAYERS.values())
-    for above, layer in enumerate(reversed(layers), start=1):
+def lr_scale(name: str, config: Config) -> float:
+    """The factor of a parameter's learning rate: 1 for the head, and --layer-decay times that for each stage from the
+    deepest one that is read down to the first convolution."""
+    stages = [layer for stage, layer in LAYERS.items() if stage <= config.read_stages[-1]]
+    for above, layer in enumerate([*reversed(stages), "bn1", "conv1"], start=1):
         if name.startswith(f"backbone.{layer}."):
-            return layer_decay ** min(above, len(LAYERS) + 1)
+            return config.layer_decay ** min(above, len(stages) + 1)
     return 1.0
 
 

@@ -49,7 +49,7 @@ class RunningPhase:
             average,
         )
         self.batches, self.counter, self.begun, self.path = batches, counter, begun, path
-        self.mixer = Mixer(config, runtime) if config.mixup or config.cutmix else None
+        self.mixer = Mixer(config, runtime) if config.mixes else None
         self.graph: CapturedStep | None = None
         self.plain = self.plain_step()
         self.launch: Callable[[], None] = self.plain

@@ -62,8 +62,8 @@ def check_compiler(device: torch.device) -> None:
 
 
 def check_sizes(config: Config, runtime: Runtime) -> None:
-    """Raises InputError for a run that could not make its first step: LSTMs that no memory holds, and batch norms that
-    would see a single value."""
+    """Raises InputError for a run that could not make its first step: LSTMs that no memory holds, batch norms that
+    would see a single value, and images that have no others to be mixed with."""
     parameters = sum(groups * 8 * hidden * (hidden + 1) for groups, _, hidden in config.lstm_stages)
     # float32: the parameters, their gradients, and the two moments of AdamW
     needed, there = 4 * 4 * parameters, _memory(runtime.device)
@@ -75,6 +75,11 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
         )
     # auto stops before its parts are too small
     share = config.batch_size // runtime.world_size // (1 if config.accumulate == "auto" else config.parts)
+    if share == 1 and config.mixes:
+        raise InputError(
+            f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, which has no other to be mixed "
+            "with (--mixup, --cutmix); use a larger batch, or fewer ranks or parts"
+        )
     if share == 1 < fewest_images(config):
         raise InputError(
             f"--batch-size {config.batch_size}: some rank trains on 1 image at a time, in which "
@@ -84,9 +89,10 @@ def check_sizes(config: Config, runtime: Runtime) -> None:
 
 
 def fewest_images(config: Config) -> int:
-    """How many images a micro-batch must have: batch norm takes no single value, which the last stage may have."""
+    """How many images a micro-batch must have: batch norm takes no single value, which the last stage may have, and
+    mixing takes two."""
     sides = [size // config.stride(config.read_stages[-1]) for size in trained_sizes(config)]
-    return 2 if 1 in sides else 1
+    return 2 if 1 in sides or config.mixes else 1
 
 
 def trained_sizes(config: Config) -> list[int]:

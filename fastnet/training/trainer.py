@@ -188,6 +188,7 @@ class Trainer:
                     return at_end
                 if due or self.schedule.after_steps(self.state.step):
                     self.save()
+                    self.stopwatch.resume()
         return True
 
     def train_step(self) -> None:
@@ -217,9 +218,8 @@ class Trainer:
         with self.runtime.agree():
             opened = self.inputs.open_val(self.data.splits["val"])
         with closing(opened) as stream:
-            val = evaluate_saved(
-                self.evaluated.network, best, track("val", stream, len(stream), "batches"), self.runtime
-            )
+            batches = track("val", stream, len(stream), "batches")
+            val = evaluate_saved(self.evaluated.network, best, batches, self.runtime, self.phases[-1])
         self.record("final", step=self.state.step, **as_record(val))
 
     def end_epoch(self, trained: dict[str, Any], scores: Totals) -> None:

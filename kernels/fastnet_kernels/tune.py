@@ -1,7 +1,8 @@
 """Finds launch-table rows for the GPU at hand: python -m fastnet_kernels.tune --stages 4x64x196,8x64x49.
 
 Nothing is tuned by itself, at import or in a first step: put the rows it prints into LAUNCH in plan.py. A batch that is
-split over more programs (see plan.py) uses little of its row and says nothing about it: take a larger one.
+split over more programs (see plan.py) uses little of its row and says nothing about it: it is refused, take a larger
+one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import torch
@@ -41,6 +43,27 @@ def candidates(hidden: int) -> Iterator[Tile]:
             yield Tile(hidden, BLOCKED, 32, block, forward, backward)
 
 
+@contextmanager
+def served_by(tile: Tile) -> Iterator[None]:
+    """Makes a row the whole table of this GPU."""
+    before = dict(LAUNCH)
+    LAUNCH[architecture(torch.device("cuda"))] = (tile,)
+    try:
+        yield
+    finally:
+        LAUNCH.clear()
+        LAUNCH.update(before)
+
+
+def splits(stage: Stage, tile: Tile, batch: int, dtype: torch.dtype) -> bool:
+    """Whether a batch would be split with a row."""
+    device = torch.device("cuda")
+    tiles, processors = padded_batch(batch) // BATCH_TILE, multiprocessors(device)
+    with served_by(tile):
+        plans = decide([stage], dtype, architecture(device), save=True, tiles=tiles, processors=processors)
+    return is_split(plans)
+
+
 def milliseconds(stage: Stage, tile: Tile, batch: int, dtype: torch.dtype) -> float:
     """Median time of forward and backward of one stage with a row, infinite if it cannot be launched."""
     import triton
@@ -49,7 +72,6 @@ def milliseconds(stage: Stage, tile: Tile, batch: int, dtype: torch.dtype) -> fl
     from . import launch
 
     device = torch.device("cuda")
-    LAUNCH[architecture(device)] = (tile,)
     module = ChannelGroupLSTM([stage], backend="triton").to(device)
     x = torch.randn(batch, stage.groups * stage.seq_len, stage.hidden, 1, device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -62,7 +84,8 @@ def milliseconds(stage: Stage, tile: Tile, batch: int, dtype: torch.dtype) -> fl
             launch.backward(dout, [x], weights, [stage], *saved, needs_dx=True)
 
     try:
-        return triton.testing.do_bench(step, return_mode="median")
+        with served_by(tile):
+            return triton.testing.do_bench(step, return_mode="median")
     except OutOfResources:
         return float("inf")
 
@@ -77,28 +100,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: tuning needs an NVIDIA GPU", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    batch, dtype = arguments.batch, getattr(torch, arguments.dtype)
     for stage in stages:
-        tiles = padded_batch(arguments.batch) // BATCH_TILE
-        plans = decide(
-            [stage],
-            getattr(torch, arguments.dtype),
-            architecture(device),
-            save=True,
-            tiles=tiles,
-            processors=multiprocessors(device),
-        )
-        if is_split(plans):
-            print(
-                f"error: --batch {arguments.batch}: {stage} would be split; take more images", file=sys.stderr
-            )
+        if any(splits(stage, tile, batch, dtype) for tile in candidates(stage.hidden)):
+            print(f"error: --batch {batch}: {stage} would be split; take more images", file=sys.stderr)
             return 2
-    print(f"rows for sm_{architecture(device)}:")
+    print(f"rows for sm_{architecture(torch.device('cuda'))}:")
     for stage in stages:
-        times = {
-            tile: milliseconds(stage, tile, arguments.batch, getattr(torch, arguments.dtype))
-            for tile in candidates(stage.hidden)
-        }
+        times = {tile: milliseconds(stage, tile, batch, dtype) for tile in candidates(stage.hidden)}
         best = min(times, key=lambda tile: times[tile])
         print(f"{best}  # {times[best]:.3f} ms forward and backward, {stage}")
     return 0

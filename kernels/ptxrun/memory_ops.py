@@ -36,10 +36,11 @@ def is_strong(ins: Instr) -> bool:
 def synchroniser(o: Operands, ins: Instr) -> Callable[[np.ndarray, Lanes], None] | None:
     """Release/acquire of a few addresses orders this CTA against others (see races.Order).
 
-    Triton also marks atomics on whole tiles acq_rel; those are taken for data, not for locks.
+    Triton also marks atomics on whole tiles acq_rel; those are taken for data, not for locks. At the scope of a CTA
+    nothing is ordered with other CTAs (PTX ISA, memory consistency model).
     """
     acquire, release = (not {"acq_rel", m}.isdisjoint(ins.mods) for m in ("acquire", "release"))
-    if ins.space != "global" or not (acquire or release):
+    if ins.space != "global" or "cta" in ins.mods or not (acquire or release):
         return None
 
     def synchronise(a: np.ndarray, lanes: Lanes) -> None:

@@ -13,7 +13,7 @@ from fastnet.cli import Parser, SettingsParser
 from fastnet.config import Config, with_flags
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
-from fastnet.inference.flags import add_inference_flags, changed_settings
+from fastnet.inference.flags import add_evaluation_flags, changed_settings
 from fastnet.training.events import EpochEvent
 
 FLAGS = "sample --image-size 32 --batch-size 14 --epochs 1"
@@ -120,7 +120,7 @@ def test_flags_of_the_experiments_are_flags_of_train(name: str) -> None:
         assert run.start in ("", *names[:n])
         if run.trained:
             parser = Parser(prog="evaluate", description="")
-            add_inference_flags(parser)
+            add_evaluation_flags(parser)
             with_flags(Config(), changed_settings(parser.parse_args(run.flags.split())))
             assert any(run.trained == other.name and not other.trained for other in experiment.runs[:n])
             continue

@@ -44,11 +44,11 @@ def test_another_network_is_not_timed(tiny_set: Path) -> None:
     config = replace(paper("lstm"), image_size=32)
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     stream = step.Resident(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
-    network = step.make_trainer(config, "full", open_set(tiny_set), stream, Runtime(CPU)).network
-    written = plain.Plain(network, config)
-    assert plain.difference(network, written, x, Runtime(CPU)) == ""
-    nn.init.normal_(written.lstms[5].get_parameter("weight_hh_l0"))
-    assert "plainly written" in plain.difference(network, written, x, Runtime(CPU))
+    with step.at_phase(config, "full", open_set(tiny_set), Runtime(CPU), stream) as trainer:
+        written = plain.Plain(trainer.network, config)
+        assert plain.difference(trainer.network, written, x, Runtime(CPU)) == ""
+        nn.init.normal_(written.lstms[5].get_parameter("weight_hh_l0"))
+        assert "plainly written" in plain.difference(trainer.network, written, x, Runtime(CPU))
 
 
 def test_float32_on_a_gpu_is_held_to_tf32() -> None:

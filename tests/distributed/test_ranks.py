@@ -1,4 +1,4 @@
-"""Two ranks: which of them is first, and how they end when memory runs out or one has no device."""
+"""Two ranks: what they find out of each other, and how they end when memory runs out or one has no device."""
 
 from __future__ import annotations
 
@@ -41,6 +41,37 @@ def test_memory_that_runs_out_on_all_ranks_is_told_once() -> None:
         "first: 0 [True, True]",
         "first: 1 [False, True]",
     ]
+
+
+APART = """
+import sys
+from pathlib import Path
+import torch
+from fastnet.cli import run_command
+from fastnet.distributed import ranks
+from fastnet.distributed.storage import ranks_sharing
+
+def main(argv):
+    with ranks.joined(30, "cpu") as runtime:
+        # As on GPUs of two generations.
+        ranks.choose_precision = lambda choice, device: (torch.bfloat16, torch.float16)[runtime.rank]
+        precision = ranks.agreed_precision("auto", runtime)
+        own, shared = Path(argv[runtime.rank]), Path(argv[2])
+        print(precision, ranks_sharing(own, runtime), ranks_sharing(shared, runtime), file=sys.stderr)
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_precision_for_all_and_the_disk_of_each(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("first", "second", "shared")]
+    ranks = start_ranks([[sys.executable, "-c", APART, *map(str, folders)]] * 2)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said == ["torch.float16 [0] [0, 1]\n", "torch.float16 [1] [0, 1]\n"]
+    assert not any(file for folder in folders for file in folder.iterdir())
 
 
 WITHOUT_DEVICE = """

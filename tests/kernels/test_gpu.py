@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnet_kernels import ChannelGroupLSTM, launch
+from fastnet_kernels import ChannelGroupLSTM, launch, plan
 from fastnet_kernels.plan import is_split, plans_for
 from tests.support.kernels import failures, feature_maps
 
@@ -15,16 +15,27 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU, and pytest -m gpu"),
 ]
 PAPER = [(4, 64, 196), (8, 64, 49)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ["float32", "float16", "bfloat16"]  # kernels/sanitize.sh chooses by them
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.fixture(params=[True, False], ids=["split", "whole"])
+def splits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the GPU decides, which splits the small batches of these tests, and as it trains large ones."""
+    if not request.param:
+        monkeypatch.setattr(plan, "multiprocessors", lambda device: 0)
+
+
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("batch", [1, 5, 16, 19])
 def test_network_of_the_paper(batch: int, recompute: bool, dtype: torch.dtype) -> None:
     assert not failures(launch, PAPER, batch, dtype, recompute=recompute, device="cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("splits")
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("hidden", [1, 4, 16, 24, 37, 49, 64, 100, 196, 256, 257, 784, 1024])
 def test_hidden_sizes(hidden: int, dtype: torch.dtype) -> None:
     assert not failures(launch, [(2, 5, hidden), (1, 3, 16)], 19, dtype, device="cuda")
@@ -41,12 +52,14 @@ def step(module: ChannelGroupLSTM, x: list[Tensor]) -> list[Tensor]:
     return [y, *torch.autograd.grad(y.float().square().sum(), [*x, *module.parameters()])]
 
 
+@pytest.mark.usefixtures("splits")
 def test_runs_are_bit_identical() -> None:
     module, x = training_setup()
     for first, second in zip(step(module, x), step(module, x), strict=True):
         assert torch.equal(first, second)
 
 
+@pytest.mark.usefixtures("splits")
 def test_cuda_graph() -> None:
     """Forward and backward captured once, replayed on other inputs; the second replay finds what the first has left."""
     module, x = training_setup()
@@ -85,6 +98,7 @@ def test_one_binary_for_every_batch_size() -> None:
     assert len(set(counts)) == len(splits)
 
 
+@pytest.mark.usefixtures("splits")
 def test_compile_fullgraph() -> None:
     module, x = training_setup()
     torch.testing.assert_close(torch.compile(module, fullgraph=True)(x), module(x), rtol=0, atol=0)

@@ -157,6 +157,12 @@ def relax_arrival(tree: ast.Module) -> None:
     become(addition, ast.unparse(addition).replace("release", "relaxed"))
 
 
+def narrow_arrival(tree: ast.Module) -> None:
+    """The addition releases what was stored to the threads of its own program only."""
+    (addition,) = calls(tree, "arrive", "tl.atomic_add")
+    become(addition, ast.unparse(addition).replace("gpu", "cta"))
+
+
 def relax_wait(tree: ast.Module) -> None:
     """Reading the counter does not acquire what was released."""
     (read,) = calls(tree, "wait", "tl.inline_asm_elementwise")
@@ -256,6 +262,7 @@ def test_races(
             ("fused_backward", remove_wait("backward_split")), {"backward_kernel"}, id="no-meeting-backward"
         ),
         pytest.param(("meeting", relax_arrival), BOTH, id="arrival-not-released"),
+        pytest.param(("meeting", narrow_arrival), BOTH, id="arrival-released-to-its-program"),
         pytest.param(("meeting", relax_wait), BOTH, id="wait-does-not-acquire"),
         pytest.param(("meeting", arrive_before_all_have_stored), BOTH, id="no-barrier-before-arrival"),
         pytest.param(("meeting", reset_early), {"hang"}, id="reset-early"),

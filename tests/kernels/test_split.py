@@ -157,15 +157,18 @@ def test_the_choice_follows_the_launch_table(monkeypatch: pytest.MonkeyPatch) ->
     assert plans_for(x, stage, save=True)[0].block == 32
 
 
+@pytest.mark.parametrize(("stages", "batch"), [("4x64x196", "32"), ("4x64x64", "256")])
 def test_tuning_refuses_a_batch_that_is_split(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stages: str, batch: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["tune", "--stages", "4x64x196", "--batch", "32"])
+    """The second by rows that are candidates, not by the table's."""
+    monkeypatch.setattr("sys.argv", ["tune", "--stages", stages, "--batch", batch])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune, "architecture", lambda device: 90)
     monkeypatch.setattr(tune, "multiprocessors", lambda device: 132)
+    before = dict(LAUNCH)
     assert tune.main() == 2
-    assert "--batch 32" in capsys.readouterr().err
+    assert f"--batch {batch}" in capsys.readouterr().err and before == LAUNCH
 
 
 @pytest.mark.parametrize("arch", LAUNCH)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from fastnet.files import STALE
 from fastnet.training import features
 from fastnet.training.checkpoint import load
 from tests.support.disks import small_disk
+from tests.support.paths import SCRIPT
+from tests.support.ranks import start_ranks
 from tests.support.runs import assert_same_end, events
-from tests.support.tiny import refused, run_here, run_ranks
+from tests.support.tiny import TINY, refused, run_here, run_ranks
 
 # Two frozen epochs, and two with conv2 to conv4 frozen.
 FLAGS = ["--freeze", "conv4", "--log-every", "1"]
@@ -87,6 +90,30 @@ def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -
         mine, theirs = np.load(file), np.load(own_set / file.relative_to(other))
         assert np.allclose(mine, theirs, rtol=2 * np.finfo(np.float16).eps, atol=1e-6)
     assert len(list(other.glob("features/*/*.npy"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_hosts_with_sets_of_their_own(kept: Path, own_set: Path, tmp_path: Path) -> None:
+    """Each computes all that its ranks may be dealt; where nothing is missing, no disk is written to."""
+    sets = [
+        shutil.copytree(own_set, tmp_path / name, ignore=shutil.ignore_patterns("features"))
+        for name in ("first", "second")
+    ]
+    flags = [*FLAGS, "--cache-features", "1", "--max-steps", "2", "--run-dir", str(tmp_path / "run")]
+    commands = [[sys.executable, str(SCRIPT), *TINY, *flags, "--data", str(own)] for own in sets]
+    for missing in (sets, sets[1:], []):
+        for own in missing:
+            shutil.rmtree(own / "features", ignore_errors=True)
+        times = [own.stat().st_mtime_ns for own in sets]
+        ranks = start_ranks(commands)
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+        assert missing or times == [own.stat().st_mtime_ns for own in sets]
+        for own in sets:
+            names = sorted(file.name for file in own.glob("features/*/*"))
+            assert names == ["0-0.npy", "val-0.npy"]
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.slow

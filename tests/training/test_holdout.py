@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastnet.data.default import default_set
 from fastnet.data.holdout import divide
@@ -57,6 +58,21 @@ def test_a_run_that_was_killed_before_its_look_at_val_makes_it(
     run_here(tiny_set, run, *flags)
     assert "already done" in capsys.readouterr().err
     assert read_manifest(run).sessions[-1]["done"]
+
+
+def test_a_look_at_val_with_losses_that_are_not_finite_is_no_result(tiny_set: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_here(tiny_set, run, *FLAGS, "--head-epochs", "0", "--epochs", "2", "--max-steps", "4")
+    best = torch.load(run / "best.pt", weights_only=True)
+    best["model"]["classifier.bias"][0] = torch.nan
+    best["position"]["best_top1"] = 1.0  # so that it stays the best
+    last = torch.load(run / "last.pt", weights_only=True)
+    last["position"]["best_top1"] = 1.0
+    torch.save(best, run / "best.pt")
+    torch.save(last, run / "last.pt")
+    with pytest.raises(InputError, match="the validation loss of 10 images is not finite; lower --lr"):
+        run_here(tiny_set, run, *FLAGS, "--head-epochs", "0", "--epochs", "2")
+    assert not events(run, "final")
 
 
 def test_what_the_last_look_needs_is_made_first(tiny_set: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fastnet.data.holdout import divide
 from fastnet.distributed.ranks import Runtime
 from fastnet.network.network import Network
 from fastnet.training.checkpoint import load
-from fastnet.training.phases import make_optimizer, plan
+from fastnet.training.phases import lr_scale, make_optimizer, plan
 from fastnet.training.trainer import Trainer
 from tests.support.runs import assert_equal, assert_same_end, events
 from tests.support.tiny import run_here
@@ -116,6 +116,19 @@ def test_rates_fall_from_the_head_to_the_first_convolution() -> None:
     for depth, layer in enumerate(("layer4", "layer3", "layer2", "layer1"), start=1):
         assert scales[f"backbone.{layer}.0.conv1.weight"] == 0.5**depth
     assert all(scale == 1.0 for name, scale in scales.items() if name.startswith("lstm."))
+
+
+def test_the_deepest_stage_that_is_read_has_the_first_fraction() -> None:
+    config = Config(network="linear", stages=("conv3", "conv4"), layer_decay=0.5)
+    layers = ("layer3", "layer2", "layer1", "bn1", "conv1")
+    assert [lr_scale(f"backbone.{layer}.weight", config) for layer in layers] == [
+        0.5,
+        0.25,
+        0.125,
+        0.0625,
+        0.0625,
+    ]
+    assert lr_scale("classifier.weight", config) == 1.0
 
 
 def test_a_frozen_prefix_stays_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
-from fastnet.training.setup import check_sizes
+from fastnet.training.setup import check_sizes, fewest_images
 
 
 def test_lstms_that_no_memory_holds() -> None:
@@ -23,6 +23,17 @@ def test_lstms_that_no_memory_holds() -> None:
     for network in ("baseline", "linear"):
         check_sizes(replace(config, network=network), Runtime(torch.device("cpu")))
     check_sizes(replace(config, image_size=224), Runtime(torch.device("cpu")))
+
+
+def test_an_image_alone_is_not_mixed() -> None:
+    config = Config(image_size=64, batch_size=8, cutmix=1.0)
+    check_sizes(config, Runtime(torch.device("cpu"), world_size=4))
+    for refused in (replace(config, accumulate=8), replace(config, accumulate=8, cutmix=0.0, mixup=0.2)):
+        with pytest.raises(
+            InputError, match="--batch-size 8: some rank trains on 1 image at a time, which has no"
+        ):
+            check_sizes(refused, Runtime(torch.device("cpu")))
+    assert (fewest_images(config), fewest_images(replace(config, cutmix=0.0))) == (2, 1)
 
 
 def test_one_value_is_too_few_for_batch_norm() -> None:
