@@ -174,7 +174,12 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     try:
         result = main(argv)
         if "--json" in argv and is_main_rank():
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read the output has gone, as `head` does; what is left of it would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except MemoryFullError as error:

@@ -29,11 +29,11 @@ from fastnet.inference.scores import (
 from fastnet.metrics import Totals
 
 
-def table(rows: dict[str, Totals]) -> str:
+def table(rows: Sequence[tuple[str, Totals]]) -> str:
     """The results as aligned text, a line per name. The error is 1 - top-1, which is what the paper reports."""
-    width = max(map(len, rows))
+    width = max(len(name) for name, _ in rows)
     lines = [f"{'':{width}}    top-1    top-5   error    loss"]
-    for name, row in rows.items():
+    for name, row in rows:
         lines.append(
             f"{name:{width}}  {row.top1:7.2%}  {row.top5:7.2%}  {1 - row.top1:.4f}  {row.mean_loss:6.4f}"
         )
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     each = {name: count_hits(of_run, split.labels) for name, of_run in zip(runs, logits, strict=True)}
     together = count_score_hits(average, split.labels)
     print(f"{together.images} {args.split} images")
-    print(table({**each, "average": together}))
+    print(table([*each.items(), ("average", together)]))
     files = []
     if args.out:
         path = args.out / "scores.npz"

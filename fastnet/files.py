@@ -19,11 +19,12 @@ STALE = 3600.0  # seconds; a process that still writes a file does so many times
 def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
     """Yields a temporary path beside `path`; leaving the block without an error renames it to `path`.
 
-    Creates missing parent directories. Raises InputError if the place cannot be written or the disk is full (`full`
-    then ends the message, see `errors.refused`). Nothing half-written stays behind.
+    Creates missing parent directories. Raises InputError as `check_place`, and if the place cannot be written or the
+    disk is full (`full` then ends the message, see `errors.refused`). Nothing half-written stays behind.
     """
     beside: Path | None = None
     try:
+        check_place(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under a name that nobody can foresee, so that it cannot be a link that someone else put there.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
@@ -37,6 +38,12 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
     finally:
         if beside is not None:
             beside.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raises InputError if a folder, a device or a pipe is at `path`, which no file may replace."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file, but a folder, device or pipe; choose another place")
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:

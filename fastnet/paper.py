@@ -27,7 +27,7 @@ from fastnet.distributed.launch import launch_command
 from fastnet.errors import InputError
 from fastnet.files import atomic_write
 from fastnet.reporting.published import PAPER
-from fastnet.settings import file_settings
+from fastnet.settings import file_settings, settings_of
 
 TITLES = {"baseline": "baseline", "lstm": "LSTM network", "average": "ensemble"}
 
@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
 
     out, data = given["out"], default_set(given["data"])
-    preset = choose_preset(given["preset"], data.source["kind"]).__name__
+    kind, device = data.source["kind"], named.get("device", "auto")
+    preset = choose_preset(given["preset"], kind).__name__
     runs = {network: out / network for network in ("baseline", "lstm")}
+    lines = {}
     for network, run_dir in runs.items():
         flags = dict(given)
         if network == "baseline":
@@ -72,14 +74,19 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
             flags["weights_partial"] = False
             flags["weights"] = str(runs["baseline"] / "best.pt")
+        settings_of(
+            {**flags, "preset": preset, "network": network}, kind
+        )  # not after the baseline has trained
         line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
         line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
+        lines[network] = line
+    for network, line in lines.items():
         print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
-        if not train(line):
-            print(f"{run_dir}: stopped; the same command continues")
+        if not train(line, ranks=1 if device == "cpu" else torch.cuda.device_count()):
+            print(f"{runs[network]}: stopped; the same command continues")
             return {"done": False, "files": []}
 
-    on_data = ["--data", str(data.path)]
+    on_data = ["--data", str(data.path), "--device", device]
     paths = [str(run) for run in runs.values()]
     scores = ensemble.main([*paths, *on_data, "--out", str(out)])
     files = [*scores["files"], *figures.main([*paths, "--out", str(out / "figures")])["files"]]
@@ -92,12 +99,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"done": True, **average, "runs": scores["runs"], "files": files}
 
 
-def train(flags: list[str]) -> bool:
-    """Runs train.py with `flags`, with a rank per GPU. Passes a signal on to it, so that it saves and ends.
+def train(flags: list[str], ranks: int) -> bool:
+    """Runs train.py with `flags`. Passes a signal on to it, so that it saves and ends.
 
     Returns False after a signal. If train.py fails, exits with its exit code; its own line has said why.
     """
-    command = launch_command(Path(__file__).with_name("train.py"), flags, ranks=torch.cuda.device_count())
+    command = launch_command(Path(__file__).with_name("train.py"), flags, ranks=ranks)
     process: subprocess.Popen | None = None
     signalled = False
 
@@ -125,7 +132,8 @@ def train(flags: list[str]) -> bool:
 def write_results(out: Path, data: PreparedSet, scores: dict[str, Any], holdout: float) -> list[str]:
     """Prints the table of results and writes it as results.md and results.json."""
     decided = f"{holdout:.0%} of the training images, held out" if holdout else "the same images"
-    rows = {**scores["runs"], "average": scores}
+    of_runs = scores["runs"].values()  # whose names are others where a run directory is a link
+    rows = {**dict(zip(("baseline", "lstm"), of_runs, strict=True)), "average": scores}
     lines = [
         f"| network | here: val error ({data.name}) | here: top-5 error | paper: val error | paper: test error |",
         "|---|---|---|---|---|",

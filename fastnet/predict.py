@@ -17,7 +17,7 @@ from fastnet.cli import Parser, run_command
 from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError, printable
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, check_place
 from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.images import find_images, images_as_split
 from fastnet.inference.runs import TrainedRun, check_set, load_runs
@@ -113,6 +113,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         raise InputError("--out: missing; name the file for the test split's predictions")
     if args.images and args.data:
         raise InputError("--images and --data: give one of them; image files are not part of a set")
+    if args.out:
+        check_place(args.out)
 
     runtime = single_process(args.device)
     runs = load_runs(args.runs, args.checkpoint, runtime, changed_settings(args))
@@ -130,9 +132,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     if args.images:
         guesses = best_five(split.names, scores, first)
-        print(text_table(guesses))
         if args.out:
             write_guesses(args.out, guesses)
+        print(text_table(guesses))
     else:
         lines = server_lines(split.names, scores, first.classes)
         with atomic_write(args.out) as beside:

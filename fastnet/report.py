@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from fastnet.cli import Parser, run_command
 from fastnet.distributed.ranks import single_process
-from fastnet.files import atomic_write
+from fastnet.files import atomic_write, check_place
 from fastnet.inference.flags import add_inference_flags, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
     add_inference_flags(parser)
     args = parser.parse_args(argv)
+    check_place(args.out)
 
     runtime = single_process(args.device)
     data = open_data(args.data, args.runs[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import Parser, run_command
-from fastnet.errors import InputError, printable
+from fastnet.errors import InputError, printable, unreadable
 from fastnet.training.events import EpochEvent, FinalEvent, read_events
 from fastnet.training.manifest import read_manifest
 
@@ -31,8 +31,19 @@ class RunSummary:
 
 
 def find_runs(directory: Path) -> Iterator[Path]:
-    """The run directories at or below `directory`, in order of their paths. Hidden directories are passed over."""
-    for folder, below, files in os.walk(directory):
+    """The run directories at or below `directory`, in order of their paths, through links too, each once. Hidden
+    directories are passed over. Raises InputError for one that cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise unreadable(error, error.filename or directory) from error
+
+    seen: set[tuple[int, int]] = set()
+    for folder, below, files in os.walk(directory, followlinks=True, onerror=fail):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not name.startswith("."))
         if "manifest.json" in files and "metrics.jsonl" in files:
             below.clear()

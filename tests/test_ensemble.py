@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,18 @@ def test_ensemble_averages_scores_and_saves_them(
     assert table[0].split() == ["top-1", "top-5", "error", "loss"]
     assert [line.split()[0] for line in table[1:]] == ["baseline", "lstm", "average"]
     assert table[3].split()[1:4] == [f"{result['top1']:.2%}", "100.00%", f"{1 - result['top1']:.4f}"]
+
+
+def test_a_run_called_average(
+    tiny_set: Path, runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = shutil.copytree(runs[0], tmp_path / "average")
+    ensemble.main([str(named), str(runs[1]), "--data", str(tiny_set)])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "average",
+        "lstm",
+        "average",
+    ]
 
 
 def test_bad_values_are_named(tiny_set: Path, runs: list[Path], tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastnet import paper
+from fastnet.distributed import device
+from fastnet.errors import InputError
 from tests.support.paths import REPOSITORY
 
 FLAGS = (
@@ -33,6 +36,9 @@ def _in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     out, own = tmp_path / "paper", shutil.copytree(tiny_set, tmp_path / "set")  # which features are added to
+    out.mkdir()
+    (out / "lstm").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
     with subprocess.Popen(
         command(own, out, "--cache-features", "1"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -81,9 +87,27 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_device_is_that_of_all_steps(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine whose GPU does not work, on which --device auto is refused."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device, "NVIDIA_DEVICES", (tmp_path, "nvidia[0-9]*"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")  # no machine has it
+    with pytest.raises(InputError, match="insist on the CPU"):
+        device.choose_device("auto")
+    flags = [*FLAGS.split(), "--device", "cpu", "--max-steps", "1"]
+    assert paper.main(["--data", str(tiny_set), "--out", str(tmp_path / "paper"), *flags])["done"]
+
+
+@pytest.mark.slow
 def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
-    done = subprocess.run(command(tiny_set, tmp_path / "paper", "--nonsense"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: unrecognized arguments: --nonsense (see python -m fastnet.paper --help)"
-    ]
+    told = {
+        "--nonsense": "unrecognized arguments: --nonsense (see python -m fastnet.paper --help)",
+        "--seq-len=100": "--seq-len 100: must divide the 256 channels of conv4",  # which the baseline has no use for
+    }
+    for flag, line in told.items():
+        done = subprocess.run(command(tiny_set, tmp_path / "paper", flag), capture_output=True, text=True)
+        assert done.returncode == 2
+        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [f"error: {line}"]
+    assert not (tmp_path / "paper").exists()

@@ -7,6 +7,9 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastnet import ensemble, predict
+from fastnet import ensemble, inference, predict
+from fastnet.data.image import BadImage, Examiner, check_bytes
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
 from fastnet.inference.images import images_as_split
@@ -115,6 +119,14 @@ def test_bad_values_are_named(
         predict.main([run, *data, "--out", str(tmp_path / "file" / "predictions.txt")])
     with pytest.raises(InputError, match="--out: missing"):
         predict.main([run, *data])
+    os.mkfifo(tmp_path / "pipe")
+    for taken in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match=f"{taken}: is no file, but a folder, device or pipe"):
+            predict.main(
+                [str(tmp_path / "no run"), *data, "--out", str(taken)]
+            )  # before anything is computed
+    with pytest.raises(InputError, match="no run: no such run"):
+        predict.main([str(tmp_path / "no run"), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match="--images and --data: give one of them"):
         predict.main([run, *data, "--images", str(tmp_path)])
     with pytest.raises(InputError, match="set: has no test split"):
@@ -146,6 +158,50 @@ def test_files_of_other_formats_and_a_list_on_standard_input(
 
 def standard_input(content: bytes) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
+def test_a_folder_is_searched_through_links(runs: list[Path], tmp_path: Path) -> None:
+    """What cannot be read is named and not passed over."""
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "b.jpg").write_bytes(jpeg(1))
+    (folder / "a.jpg").write_bytes(jpeg(0))
+    (folder / "more").symlink_to(elsewhere)
+    command = [str(runs[0]), "--images", str(folder), "--out", str(tmp_path / "out.csv")]
+    assert predict.main(command)["count"] == 2
+    (folder / "c.jpg").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"c\.jpg: is not a file"):
+        predict.main(command)
+
+
+def test_a_reader_that_has_gone_costs_no_file(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    words = [sys.executable, "-m", "fastnet.predict", str(runs[0]), "--images", str(tmp_path / "a.jpg")]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([*words, "--out", str(tmp_path / "out.csv")], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert (tmp_path / "out.csv").read_text().count("\n") == 4  # a header and three classes
+
+
+def test_the_limit_of_bytes_is_that_of_the_file(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pixels as PNG may have more."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "a.webp", quality=1)
+    noise.save(png := io.BytesIO(), "PNG")
+    size = (tmp_path / "a.webp").stat().st_size
+    assert size < len(png.getvalue())
+    (limited,), (free,) = (Examiner(most)([png.getvalue()]) for most in (size, None))
+    assert isinstance(limited, BadImage) and free == (64, 64)
+    command = [str(runs[0]), "--images", str(tmp_path / "a.webp")]
+    assert predict.main(command)["count"] == 1
+    monkeypatch.setattr(inference.images, "check_bytes", partial(check_bytes, most=size - 1))
+    with pytest.raises(InputError, match=r"a\.webp has [\d,]+ bytes, more than 0 MB"):
+        predict.main(command)
 
 
 def test_an_empty_list_on_standard_input(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

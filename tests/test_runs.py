@@ -41,6 +41,15 @@ def test_the_runs_below_a_directory(
     assert torn.split()[1:] == ["-", "-", "-", "-", "-", "damaged"]
 
 
+def test_links_are_followed_once(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "disk" / "big")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "big").symlink_to(tmp_path / "disk" / "big")
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    told = command.main([str(tmp_path / "runs")])["runs"]
+    assert [run["run"] for run in told] == [str(tmp_path / "runs" / "big")]
+
+
 def test_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(tmp_path)])["runs"] == []
     assert capsys.readouterr().out == f"{tmp_path}: no runs below it\n"

@@ -111,14 +111,16 @@ def _jpeg_scans(image: bytes) -> tuple[int, bool]:
 class Examiner:
     """Decodes images as training will (DALI) and by a second decoder (PIL), which finds damage that DALI overlooks."""
 
-    def __init__(self) -> None:
-        self.decoder = Decoder(threads=1)
+    def __init__(self, max_bytes: int | None = MAX_BYTES) -> None:
+        self.decoder, self.max_bytes = Decoder(threads=1), max_bytes
 
     def __call__(self, images: Sequence[bytes]) -> list[tuple[int, int] | BadImage]:
         """(height, width) of each image, as encoded, or what is wrong with it."""
         results: list[tuple[int, int] | BadImage] = []
         for image in images:
             try:
+                if self.max_bytes is not None:
+                    check_bytes(image, self.max_bytes)
                 results.append(_examine_by_pil(image))
             except BadImage as error:
                 results.append(error)
@@ -163,9 +165,13 @@ def _large(size: tuple[int, int] | BadImage) -> bool:
     return not isinstance(size, BadImage) and size[0] * size[1] > CHUNK_PIXELS // 4
 
 
+def check_bytes(image: bytes, most: int = MAX_BYTES) -> None:
+    """Raises BadImage for an encoded image of more bytes."""
+    if len(image) > most:
+        raise BadImage(f"has {len(image):,} bytes, more than {most >> 20} MB; make it smaller")
+
+
 def _examine_by_pil(image: bytes) -> tuple[int, int]:
-    if len(image) > MAX_BYTES:
-        raise BadImage(f"has {len(image):,} bytes, more than {MAX_BYTES >> 20} MB; make it smaller")
     size = header_size(image)
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:

@@ -96,18 +96,25 @@ def class_folders(tree: Tree, record: dict[str, Any]) -> Source:
 
 
 def _folder_around(files: list[str]) -> str:
-    """The one folder around everything, with a slash; empty if there is none, or it is a class or a split."""
-    tops = {file.partition("/")[0] for file in files}
-    if len(tops) != 1 or (top := tops.pop()).lower() in SPLIT_NAMES:
-        return ""
-    return f"{top}/" if any(file.count("/") > 1 for file in files) else ""
+    """The folders around everything, each with a slash; what is left begins with a class or a split."""
+    prefix = ""
+    while True:
+        inner = [file.removeprefix(prefix) for file in files]
+        tops = {file.partition("/")[0] for file in inner}
+        if len(tops) != 1 or (top := tops.pop()).lower() in SPLIT_NAMES:
+            return prefix
+        if all(file.count("/") <= 1 for file in inner):
+            return prefix
+        prefix += f"{top}/"
 
 
 def _split_folders(tree: Tree, files: list[str]) -> dict[str, str]:
-    """Top folder -> split, in any case of letters; empty if no top folder is the train split."""
+    """Top folder -> split, in any case of letters; empty if no top folder is the train split, or all are classes, some
+    of which are called like splits."""
     tops = {file.partition("/")[0] for file in files if "/" in file}
     parts = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
-    if "train" not in parts.values():
+    flat = all(file.count("/") <= 1 for file in files if file.partition("/")[0] in parts)
+    if "train" not in parts.values() or (flat and tops - parts.keys()):
         return {}
     for split in parts.values():
         same = sorted(top for top, name in parts.items() if name == split)
@@ -121,7 +128,7 @@ def _split_folders(tree: Tree, files: list[str]) -> dict[str, str]:
 def _refuse_empty(tree: Tree, prefix: str, parts: dict[str, str], files: list[str]) -> None:
     """Raises InputError for the folder of a class or a split without images, rather than leave it out."""
     filled = parent_folders(files)
-    class_depth = bool(prefix) + bool(parts)
+    class_depth = prefix.count("/") + bool(parts)
     for folder in sorted(tree.folders - filled):
         depth, name = folder.count("/"), folder.rpartition("/")[2]
         is_split = parts and depth == class_depth - 1 and name.lower() in SPLIT_NAMES

@@ -10,6 +10,7 @@ from fastnet.cli import Parser, positive_int
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
+from fastnet.inference.runs import check_run
 from fastnet.training.manifest import read_manifest
 
 
@@ -60,6 +61,7 @@ def open_data(choice: Path | None, run_dir: Path) -> PreparedSet:
     another one in its place, whose val split may have images that the run was trained on."""
     if choice is not None:
         return default_set(choice)
+    check_run(run_dir)
     recorded = read_manifest(run_dir).data
     path = Path(str(recorded.get("path")))
     if not path.exists():

@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from fastnet.data.entries import natural, readable
-from fastnet.data.image import BadImage, Examiner, header_size
+from fastnet.data.entries import readable
+from fastnet.data.image import BadImage, Examiner, check_bytes, header_size
 from fastnet.data.prepared import Split
+from fastnet.data.sources import folder_files
 from fastnet.errors import InputError
 
 NAMED = 10  # bad files that an error line names
@@ -38,7 +39,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
                 raise InputError("--images -: standard input names no file")
             files += [Path(os.fsdecode(line)) for line in lines]
         elif path.is_dir():
-            below = sorted(_images_below(path), key=lambda file: natural(str(file)))
+            below = _images_below(path)
             if not below:
                 raise InputError(f"--images {path}: no image file in it")
             files += below
@@ -50,12 +51,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _images_below(folder: Path) -> Iterable[Path]:
+def _images_below(folder: Path) -> list[Path]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-    for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in suffixes and file.is_file() and not hidden:
-            yield file
+    return [folder / name for name in folder_files(folder) if Path(name).suffix.lower() in suffixes]
 
 
 def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
@@ -67,7 +65,7 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
     images: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     problems: list[str] = []
-    examine = Examiner()
+    examine = Examiner(max_bytes=None)  # a photo as PNG may have more than the limit of its file
     for start in range(0, len(files), CHUNK):
         chunk: list[tuple[Path, bytes]] = []
         for file in files[start : start + CHUNK]:
@@ -100,8 +98,9 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
 
 def _encoded(file: Path) -> bytes:
     """The file's bytes, or those of a PNG with its pixels if it is of another of the `FORMATS`. Raises BadImage if a
-    PNG cannot have them."""
+    PNG cannot have them, or the file is too large."""
     data = file.read_bytes()
+    check_bytes(data)
     try:
         header_size(data)
         return data

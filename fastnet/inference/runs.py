@@ -43,8 +43,7 @@ def load_run(
     `changes` replace settings of its training that leave its weights alone, such as eval_crop. Raises InputError if
     there is no run, no such checkpoint, it is damaged, or a change is out of range.
     """
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no such run; give the directory that train.py wrote (--run-dir)")
+    check_run(run_dir)
     path = run_dir / f"{which}.pt"
     saved = load(path)
     # Training may have used an LSTM backend that this machine lacks.
@@ -55,6 +54,12 @@ def load_run(
         network.to(runtime.device).eval()
     amp = nearest_precision(config.precision, runtime.device)
     return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash, amp)
+
+
+def check_run(run_dir: Path) -> None:
+    """Raises InputError if there is no such directory."""
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no such run; give the directory that train.py wrote (--run-dir)")
 
 
 def load_runs(

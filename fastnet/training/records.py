@@ -13,6 +13,7 @@ import msgspec
 from torch.utils.tensorboard import SummaryWriter
 
 from fastnet.config import Config
+from fastnet.data.entries import readable
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import InputError
 from fastnet.files import atomic_write, refuse_link
@@ -131,8 +132,9 @@ def write_manifest(run_dir: Path, config: Config, data: PreparedSet, session: di
     sessions = read_manifest(run_dir).sessions if path.exists() else []
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     sessions.append({"started": started, **session, **surroundings()})
-    facts = {"name": data.name, "hash": data.hash, "source": data.source, "path": str(data.path)}
-    _write(path, Manifest(config.to_json(), facts, sessions))
+    facts = {"name": data.name, "hash": data.hash, "source": data.source, "path": readable(str(data.path))}
+    settings = {**config.to_json(), "weights": readable(config.weights)}  # paths need not be text
+    _write(path, Manifest(settings, facts, sessions))
 
 
 def add_to_session(run_dir: Path, **facts: Any) -> None:

@@ -128,6 +128,12 @@ def test_links_to_class_folders_are_followed(tmp_path: Path) -> None:
     refused(source, "loop: is the same folder as")
 
 
+def test_empty_class_folder_within_others(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "pets", {f"a/b/train/cat/{i}.jpg": SMALL for i in range(4)}.items())
+    (source / "a" / "b" / "train" / "dog").mkdir()
+    refused(source, r"a/b/train/dog/ has no images; remove it")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_empty_class_folder(tmp_path: Path, packed: bool) -> None:
     source = pets(tmp_path / "pets", eel__README=b"")

@@ -194,6 +194,21 @@ def test_class_folders(tmp_path: Path) -> None:
     assert images(chosen, "test") == {"c.jpg": (jpeg(10), -1)}
 
 
+@pytest.mark.parametrize("around", ["", "pets/", "all/of the/pets/"])
+def test_folders_around_the_images(around: str, tmp_path: Path) -> None:
+    names = [f"{split}/{label}" for split in ("train", "val") for label in ("cat", "dog")]
+    files = {f"{around}{name}/{i}.jpg": jpeg(i) for name in names for i in range(2)}
+    chosen = prepared(write_folder(tmp_path / "source", files.items()), tmp_path / "set")
+    assert chosen.classes == ["cat", "dog"]
+    assert {name: len(split) for name, split in chosen.splits.items()} == {"train": 4, "val": 4}
+
+
+def test_a_class_that_is_called_like_a_split(tmp_path: Path) -> None:
+    files = {f"{label}/{i}.jpg": jpeg(i) for label in ("bus", "plane", "train") for i in range(10)}
+    chosen = prepared(write_folder(tmp_path / "source", files.items()), tmp_path / "set")
+    assert chosen.classes == ["bus", "plane", "train"] and len(chosen.splits["train"]) == 27
+
+
 def test_a_source_without_val_gives_a_share_of_each_class(tmp_path: Path) -> None:
     files = {f"pets/{label}/{i}.jpg": jpeg(i) for label in ("cat", "dog") for i in range(10)}
     chosen = prepared(
