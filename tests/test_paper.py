@@ -64,9 +64,9 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     table = (out / "results.md").read_text()
     assert table in done.stdout
     endings = {"baseline": "| - | 0.338 |", "LSTM network": "| 0.3341 | 0.386 |", "ensemble": "| - | 0.329 |"}
-    for row, paper in endings.items():
+    for row, ending in endings.items():
         (line,) = [line for line in table.splitlines() if line.startswith(f"| {row} ")]
-        assert line.endswith(paper)
+        assert line.endswith(ending)
     results = json.loads((out / "results.json").read_text())
     scores = np.load(out / "scores.npz")
     right = (scores["average"].argmax(1) == scores["labels"]).mean()

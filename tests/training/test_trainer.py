@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnet import evaluate
+from fastnet.errors import InputError
 from fastnet.training.checkpoint import load
+from fastnet.training.manifest import read_manifest
 from tests.support.runs import TIMES, assert_same_end, events, wait_for_step
 from tests.support.tiny import STEPS, command, kill_again_and_again, run_here
 
@@ -150,3 +155,18 @@ def test_both_phases_train_on_a_gpu(backend: str, precision: str, tiny_set: Path
     assert run_here(tiny_set, tmp_path / "run", *flags)["done"]
     assert run_here(tiny_set, tmp_path / "stopped", *flags, "--max-steps", "3")["step"] == 3
     assert run_here(tiny_set, tmp_path / "stopped", *flags)["done"]
+
+
+def test_paths_that_are_no_text(tiny_set: Path, tmp_path: Path) -> None:
+    """They are recorded with escapes, under which the set is not found again."""
+    own = shutil.copytree(tiny_set, tmp_path / os.fsdecode(b"caf\xe9"))
+    run_here(own, tmp_path / "run", "--max-steps", "1")
+    run_here(own, tmp_path / "run", "--max-steps", "2")
+    assert read_manifest(tmp_path / "run").data["path"] == str(tmp_path / "caf\\xe9")
+    with pytest.raises(InputError, match=r"caf\\xe9, which is not there; give the set with --data"):
+        evaluate.main([str(tmp_path / "run")])
+    weights = tmp_path / os.fsdecode(b"\xe9.pt")
+    shutil.copy(tmp_path / "run" / "last.pt", weights)
+    run_here(own, tmp_path / "again", "--weights", str(weights), "--max-steps", "1")
+    run_here(own, tmp_path / "again", "--weights", str(weights), "--max-steps", "2")
+    assert read_manifest(tmp_path / "again").config["weights"] == str(tmp_path / "\\xe9.pt")
