@@ -74,9 +74,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
             flags["weights_partial"] = False
             flags["weights"] = str(runs["baseline"] / "best.pt")
-        settings_of(
-            {**flags, "preset": preset, "network": network}, kind
-        )  # not after the baseline has trained
+        # Refused here, and not by train.py after the baseline has trained.
+        settings_of({**flags, "preset": preset, "network": network}, kind)
         line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
         line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
         lines[network] = line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,13 +33,13 @@ class RunSummary:
 
 def find_runs(directory: Path) -> Iterator[Path]:
     """The run directories at or below `directory`, in order of their paths, through links too, each once. Hidden
-    directories are passed over. Raises InputError for one that cannot be read."""
+    directories are passed over, and named on stderr are those that cannot be read."""
 
-    def fail(error: OSError) -> None:
-        raise unreadable(error, error.filename or directory) from error
+    def say(error: OSError) -> None:
+        print(printable(str(unreadable(error, error.filename))), file=sys.stderr)
 
     seen: set[tuple[int, int]] = set()
-    for folder, below, files in os.walk(directory, followlinks=True, onerror=fail):
+    for folder, below, files in os.walk(directory, followlinks=True, onerror=say):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:
             below.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from fastnet.distributed.ranks import Runtime
@@ -28,5 +29,6 @@ def ranks_sharing(folder: Path, runtime: Runtime) -> list[int]:
         sharing = [rank for rank, mark in enumerate(marks) if mark.exists()]
         runtime.gather(None)  # until all have looked
     finally:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):  # it may not be there
+            own.unlink()
     return sharing

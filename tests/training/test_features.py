@@ -213,6 +213,17 @@ def test_no_draw_is_computed_that_no_epoch_sees(tiny_set: Path, tmp_path: Path) 
     assert draws == [["0-0", "1-0", "2-0", "val-0"]]
 
 
+def test_a_file_in_the_place_of_the_features(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(tiny_set, tmp_path / "set")
+    (own / "features").write_text("in the way")
+    line = refused(
+        capsys, monkeypatch, *TINY, "--data", own, "--run-dir", tmp_path / "run", "--cache-features", "1"
+    )
+    assert f"{own / 'features'}: cannot be written" in line
+
+
 def test_a_disk_too_small_is_refused_first(
     own_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,11 @@ from tests.support.kernels import failures
 SMALL = [(2, 4, 16), (1, 3, 68)]  # in place of the paper's (groups, steps, hidden); the second is split
 
 
+@pytest.fixture
+def splits() -> None:
+    """In place of those of test_gpu: as the GPU decides. test_ptx.py has what is not split."""
+
+
 @pytest.fixture(autouse=True)
 def _small_and_without_races(monkeypatch: pytest.MonkeyPatch) -> object:
     monkeypatch.setattr(test_gpu, "PAPER", SMALL)
