@@ -4,10 +4,10 @@
 
 For both networks in both phases, these take turns: steps of an epoch as train.py makes them, on a GPU with the set in
 its memory and as a CUDA graph where train.py does so; the same steps on one resident batch, which is the limit; with
-frozen convolutions, steps on their kept outputs; the network written plainly (a DataLoader over PIL
-images, NCHW, float32, an nn.LSTM per group, gradients for all parameters); and for the baseline the steps of
-torchvision's and timm's training scripts. Then it says where the time of an epoch's step goes, from a trace of
-torch.profiler, and measures weak scaling over ranks with train.py itself.
+frozen convolutions, steps on their kept outputs; the network written plainly (a DataLoader over PIL images, NCHW,
+float32, an nn.LSTM per group, gradients for all parameters); and for the baseline the steps of torchvision's and timm's
+training scripts. Then it says where the time of an epoch's step goes, from a trace of torch.profiler, and measures weak
+scaling over ranks with train.py itself.
 On a GPU it says what a step asks of the host, plain, compiled and as a CUDA graph; on softgpu that is all it can say:
 
     python -m softgpu --operators null --triton null -m benchmarks.step

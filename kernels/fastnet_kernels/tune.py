@@ -1,8 +1,7 @@
 """Finds launch-table rows for the GPU at hand: python -m fastnet_kernels.tune --stages 4x64x196,8x64x49.
 
 Nothing is tuned by itself, at import or in a first step: put the rows it prints into LAUNCH in plan.py. A batch that is
-split over more programs (see plan.py) uses little of its row and says nothing about it: it is refused, take a larger
-one.
+split over more programs (see plan.py) uses little of its row and says nothing about it. Such a batch is refused.
 """
 
 from __future__ import annotations
