@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePosixPath
 from typing import Any
 
-from fastnet.data.entries import SPLIT_NAMES, Entry, Source, Tree, is_image_name
+from fastnet.data.entries import SPLIT_NAMES, Entry, Source, Tree, is_image_name, natural
 from fastnet.data.image import MAX_BYTES, BadImage
 from fastnet.errors import InputError
 
@@ -22,26 +21,44 @@ def tree_source(tree: Tree, record: dict[str, Any]) -> Source:
 
 
 def official_layout(tree: Tree, root: str, record: dict[str, Any]) -> Source:
-    """train/<wnid>/images/*, flat val/images/* with val_annotations.txt, flat test/images/*."""
+    """train/<wnid>/images/*, flat val/images/* with val_annotations.txt, flat test/images/*.
+
+    Many scripts put the images of val into class folders, as torchvision's ImageFolder wants them: val/<wnid>/*,
+    val/<wnid>/images/* or val/images/<wnid>/*. That is the same set, in the same order.
+    """
     wnids = sorted({line.strip() for line in _lines(tree, root + "wnids.txt")} - {""})
-    inside = re.compile(re.escape(root) + r"(train/([^/]+)|val|test)/images/([^/]+)")
     splits: dict[str, list[Entry]] = {"train": [], "val": [], "test": []}
     left_out = []
     for file in tree.files:
-        if match := inside.fullmatch(file):
-            if is_image_name(file):
-                splits[match[1].split("/")[0]].append(Entry(match[3], match[2], file))
-            else:
-                left_out.append(file)
+        split, *below = file.removeprefix(root).split("/") if file.startswith(root) else [""]
+        if split not in splits or not below or file.endswith(".txt"):
+            continue  # words.txt, val_annotations.txt, boxes
+        if not is_image_name(file):
+            left_out.append(file)
+            continue
+        *folders, name = below
+        classes = [folder for folder in folders if folder != "images"]
+        if len(classes) > 1:
+            raise InputError(f"{tree.path}: {file} is below two folders that may be its class; move it up")
+        splits[split].append(Entry(name, classes[0] if classes else None, file))
 
-    trained = {entry.label for entry in splits["train"]}
+    trained = {entry.label for entry in splits["train"] if entry.label is not None}
     if missing := [wnid for wnid in wnids if wnid not in trained]:
         raise InputError(f"{tree.path}: class {missing[0]} of wnids.txt has no images in {root}train")
-    if unknown := sorted(str(label) for label in trained.difference(wnids)):
+    if unknown := sorted(trained.difference(wnids)):
         raise InputError(f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks")
 
-    labels = _annotations(tree, root + "val/val_annotations.txt", {entry.name for entry in splits["val"]})
-    splits["val"] = [entry._replace(label=labels[entry.name]) for entry in splits["val"]]
+    splits["val"].sort(key=lambda entry: natural(entry.name))
+    flat = [entry for entry in splits["val"] if entry.label is None]
+    sorted_in = [entry for entry in splits["val"] if entry.label is not None]
+    if flat and sorted_in:
+        raise InputError(
+            f"{tree.path}: {sorted_in[0].where} is in a class folder, {flat[0].where} is not; put all images of val "
+            "into class folders, or none"
+        )
+    if not sorted_in:
+        labels = _annotations(tree, root + "val/val_annotations.txt", {entry.name for entry in flat})
+        splits["val"] = [entry._replace(label=labels[entry.name]) for entry in flat]
 
     lines = _lines(tree, root + "words.txt") if root + "words.txt" in tree.files else []
     pairs = (line.partition("\t") for line in lines)
@@ -90,6 +107,11 @@ def class_folders(tree: Tree, record: dict[str, Any]) -> Source:
                 "Parquet files, and a folder of class folders"
             )
         splits.setdefault(split, []).append(Entry(name, label, where))
+    if "images" not in {entry.label for entry in splits["train"]}:  # test/images/* is Tiny ImageNet's
+        splits = {
+            split: [entry._replace(label=None) if entry.label == "images" else entry for entry in entries]
+            for split, entries in splits.items()
+        }
     _refuse_empty(tree, prefix, parts, files)
     record = {**record, "kind": f"class folders ({record['kind']})"}
     return Source(record, splits, _reader(tree), left_out=left_out)

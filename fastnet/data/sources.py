@@ -6,7 +6,6 @@ import os
 import random
 import stat
 import zipfile
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def open_zip(path: Path) -> Tree:
         raise InputError(
             f"{path}: not a whole zip ({error}); it may be truncated: get it again, or name a folder or Parquet"
         ) from error
-    files: list[str] = []
+    members: dict[str, zipfile.ZipInfo] = {}
     folders: set[str] = set()
     for info in archive.infolist():
         parts = info.filename.replace("\\", "/").split("/")
@@ -117,38 +116,41 @@ def open_zip(path: Path) -> Tree:
             raise InputError(f"{path}: refused: it names {info.filename!r}, outside the archive")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise InputError(f"{path}: refused: {info.filename!r} is a link")
-        if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
+        is_folder = not parts[-1]
+        parts = [part for part in parts if part not in ("", ".")]  # as in "./train/"
+        if not parts or parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
             continue
-        if info.is_dir():
-            folders.add(info.filename.rstrip("/"))
+        name = "/".join(parts)
+        if is_folder:
+            folders.add(name)
         elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(
                 f"{path}: {info.filename!r} is compressed by another method than deflate; zip it again"
             )
+        elif name in members:
+            raise InputError(f"{path}: refused: it holds {name!r} more than once")
         else:
-            files.append(info.filename)
+            members[name] = info
     refuse_overlaps(path, archive)
 
     def read(name: str, limit: int) -> bytes:
         try:
-            with archive.open(name) as file:
+            with archive.open(members[name]) as file:
                 content = file.read(limit + 1)
         except Exception as error:
             raise BadImage(f"cannot be read ({error}); get the zip again") from error
         return within(content, limit)
 
-    return Tree(path, sorted(files, key=natural), folders | parent_folders(files), read)
+    files = sorted(members, key=natural)
+    return Tree(path, files, folders | parent_folders(files), read)
 
 
 def refuse_overlaps(path: Path, archive: zipfile.ZipFile) -> None:
-    """Raises InputError if members share bytes, so that a small zip could hold any amount of data, or a name."""
+    """Raises InputError if members share bytes, so that a small zip could hold any amount of data."""
     members = sorted(archive.infolist(), key=lambda info: info.header_offset)
     for info, following in pairwise(members):
         if info.header_offset + LOCAL_HEADER + info.compress_size > following.header_offset:
             raise InputError(f"{path}: refused: {info.filename!r} and {following.filename!r} overlap")
-    if len(archive.NameToInfo) < len(members):
-        twice, _ = Counter(info.filename for info in members).most_common(1)[0]
-        raise InputError(f"{path}: refused: it holds {twice!r} more than once")
 
 
 def within(content: bytes, limit: int) -> bytes:

@@ -145,6 +145,43 @@ def test_extracted_folder_gives_the_same_set_as_the_zip(archive: Path, tmp_path:
     assert chosen.source["kind"] == "folder" and chosen.source["official"] is None
 
 
+@pytest.mark.parametrize("inside", ["val/{}/", "val/{}/images/", "val/images/{}/"])
+def test_val_in_class_folders_is_the_same_set(archive: Path, tmp_path: Path, inside: str) -> None:
+    """As ImageFolder wants it, after one of the scripts for it, with or without the annotations."""
+    folder = write_folder(tmp_path / "folder", FILES.items()) / ROOT
+    for i in range(VAL):
+        place = folder / inside.format(wnids(CLASSES)[i * 7 % CLASSES])
+        place.mkdir(parents=True, exist_ok=True)
+        (folder / f"val/images/val_{i}.JPEG").rename(place / f"val_{i}.JPEG")
+    of_zip = prepared(archive, tmp_path / "of_zip")
+    assert prepared(folder, tmp_path / "set").hash == of_zip.hash
+    (folder / "val/val_annotations.txt").unlink()
+    assert prepared(folder, tmp_path / "again").hash == of_zip.hash
+
+
+def test_rearranged_without_any_text_file(archive: Path, tmp_path: Path) -> None:
+    """What is left then are class folders, beside test images in one folder of no class."""
+    of_zip = prepared(archive, tmp_path / "of_zip")
+    files = {name: content for name, content in FILES.items() if not name.endswith(".txt")}
+    for i in range(VAL):
+        name = wnids(CLASSES)[i * 7 % CLASSES]
+        files[f"{ROOT}val/{name}/val_{i}.JPEG"] = files.pop(f"{ROOT}val/images/val_{i}.JPEG")
+    chosen = prepared(write_folder(tmp_path / "folder", files.items()), tmp_path / "set")
+    for split in ("train", "val", "test"):
+        assert sorted(images(chosen, split).values()) == sorted(images(of_zip, split).values())
+
+
+@pytest.mark.parametrize(("start", "slash"), [("./", "/"), ("", "\\")])
+def test_names_in_a_zip_as_other_programs_write_them(
+    archive: Path, tmp_path: Path, start: str, slash: str
+) -> None:
+    path = tmp_path / "other.zip"
+    with zipfile.ZipFile(path, "w") as other:
+        for name in (ROOT, f"{ROOT}train/", *FILES):
+            other.writestr(start + name.replace("/", slash), FILES.get(name, b""))
+    assert prepared(path, tmp_path / "set").hash == prepared(archive, tmp_path / "of_zip").hash
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_parquet_of_a_hub(archive: Path, tmp_path: Path, named: bool) -> None:
     names = wnids(CLASSES)
@@ -392,6 +429,15 @@ BAD_LAYOUTS: dict[str, tuple[dict[str, bytes | None], str]] = {
         {"val/val_annotations.txt": ANNOTATIONS.replace(wnids(2)[1].encode(), b"n09999999", 1)},
         "is of class n09999999, which train lacks",
     ),
+    "val partly in class folders": (
+        {f"val/{FIRST}/val_0.JPEG": GOOD},
+        f"val/{FIRST}/val_0.JPEG is in a class folder, {ROOT}val/images/val_0.JPEG is not",
+    ),
+    "an image in two folders": (
+        {f"val/{FIRST}/more/val_0.JPEG": GOOD},
+        f"val/{FIRST}/more/val_0.JPEG is below two folders",
+    ),
+    "a training image of no class": ({"train/images/x.JPEG": GOOD}, "x.JPEG in train has no label"),
     "class without images": (
         {"wnids.txt": FILES[ROOT + "wnids.txt"] + b"n05\n"},
         "class n05 of wnids.txt has no images",
