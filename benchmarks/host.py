@@ -6,25 +6,22 @@ calls cost Python's time instead: a replay has none of them.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Table, on_softgpu
+from benchmarks.phase import at_phase
 from benchmarks.trace import Trace, counts_of, traced
-from fastnet.config import Config, paper
+from fastnet.config import paper
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.training.capture import CapturedStep
-from fastnet.training.evaluated import Evaluated
 from fastnet.training.step import TrainStep
 from fastnet.training.trainer import Trainer
 
@@ -76,7 +73,11 @@ def measure(
     sizes = {"image_size": case["image_size"], "batch_size": case["batch"], "threads": case["threads"]}
     config = replace(paper(case["network"]), **sizes, weights="none", head_epochs=1, plateau=0)
     config = replace(config, decode=variant.decode, compile=variant.compiled, cuda_graph="off")
-    with _stepping(config, case["phase"], data, runtime, captured=variant.captured) as step:
+    torch.compiler.reset()  # it refuses a function of more than eight networks
+    with at_phase(config, case["phase"], data, runtime) as trainer:
+        if variant.captured:
+            capture(trainer)
+        step = trainer.train_step
         for _ in range(STEPS_BEFORE):
             step()
         for quantity, value in _counts(step, runtime.device).items():
@@ -84,29 +85,16 @@ def measure(
         table.add(case, name, "host ms", "a step", _host_ms(step, 10 if table.quick else 60, runtime.device))
 
 
-@contextlib.contextmanager
-def _stepping(
-    config: Config, phase: str, data: PreparedSet, runtime: Runtime, *, captured: bool
-) -> Iterator[Callable[[], None]]:
-    """A trainer's step in `phase`. A graph is taken without the check that its numbers are right."""
-    torch.compiler.reset()  # it refuses a function of more than eight networks
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        trainer = Trainer(config, data, Path(folder), runtime)
-        trainer.network.to(runtime.device)
-        trainer.evaluated = Evaluated(trainer.network, config)
-        trainer.state.phase = [p.name for p in trainer.phases].index(phase)
-        stack.enter_context(trainer.resources())
-        trainer.begin_phase()
-        running = trainer.running
-        assert running and isinstance(running.launch, TrainStep)
-        if captured:
-            plain, batches = running.launch, running.batches.fixed(runtime.amp or torch.float32)
-            plain.batches = batches
-            for _ in range(STEPS_BEFORE):
-                plain()
-            running.launch = running.graph = CapturedStep(plain)
-            running.graph.capture()
-        yield trainer.train_step
+def capture(trainer: Trainer) -> None:
+    """Has the trainer replay a CUDA graph, without the check that its numbers are right."""
+    running = trainer.running
+    assert running and isinstance(running.launch, TrainStep)
+    plain = running.launch
+    plain.batches = running.batches.fixed(trainer.runtime.amp or torch.float32)
+    for _ in range(STEPS_BEFORE):
+        plain()
+    running.launch = running.graph = CapturedStep(plain)
+    running.graph.capture()
 
 
 def _counts(step: Callable[[], None], device: torch.device) -> dict[str, float]:

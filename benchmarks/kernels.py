@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Table
-from benchmarks.step import Resident, at_phase
+from benchmarks.phase import Resident, at_phase
 from benchmarks.trace import Trace, counts_of, kernels_of, traced
 from fastnet.cli import run_command
 from fastnet.config import paper

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Laps, write_result
-from benchmarks.step import Resident, at_phase
+from benchmarks.phase import Resident, at_phase
 from fastnet.config import Config, sample
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import single_process

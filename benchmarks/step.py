@@ -33,6 +33,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.host import host_costs
+from benchmarks.phase import Resident, at_phase
 from benchmarks.pipeline import Source, loader, pil_dataset
 from benchmarks.plain import Plain, difference, plain_step
 from benchmarks.step_peers import Step, peers
@@ -49,69 +50,11 @@ from fastnet.input.device import DeviceTrainStream
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
 from fastnet.network.network import Network
-from fastnet.training.batches import Streamed
-from fastnet.training.capture import own_stream
-from fastnet.training.evaluated import Evaluated
 from fastnet.training.features import FeatureTrainStream, FrozenFeatures
-from fastnet.training.inputs import Inputs
-from fastnet.training.records import write_manifest
-from fastnet.training.setup import choices
-from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
 KEPT, KEPT_BATCHES = "fastnet, kept features", 16
 KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
-
-
-class Resident:
-    """A stream that always gives the same batch."""
-
-    accumulate = 1
-
-    def __init__(self, batch: Batch, steps_per_epoch: int) -> None:
-        self.batch, self.steps_per_epoch = batch, steps_per_epoch
-
-    def __next__(self) -> Batch:
-        return self.batch
-
-
-class OneStream:
-    """A trainer's inputs that are one stream."""
-
-    def __init__(self, stream: Any, device: torch.device) -> None:
-        self.batches, self.steps_per_epoch = Streamed(stream, device, lambda _: None), stream.steps_per_epoch
-
-    def keep_features(self, *_: Any) -> bool:
-        return True
-
-    def open(self, *_: Any) -> tuple[Streamed, None]:
-        return self.batches, None
-
-
-@contextlib.contextmanager
-def at_phase(
-    config: Config, phase: str, data: PreparedSet, runtime: Runtime, stream: Any = None
-) -> Iterator[Trainer]:
-    """A trainer at the start of `phase`, whose `train_step` takes batches from `stream`, or as train.py does."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        trainer = Trainer(config, data, Path(folder), runtime)
-        trainer.network.to(runtime.device)
-        trainer.evaluated = Evaluated(trainer.network, config)
-        trainer.state.phase = [p.name for p in trainer.phases].index(phase)
-        chosen = choices(config, runtime)
-        trainer.graphs = chosen["cuda_graph"]
-        inputs: Any
-        if stream is None:
-            inputs = Inputs(config, data, runtime, chosen, lambda _: None)
-            stack.callback(inputs.close)
-        else:
-            inputs = OneStream(stream, runtime.device)
-        trainer.inputs = inputs
-        write_manifest(trainer.run_dir, config, data, chosen)
-        stack.enter_context(own_stream(runtime.device))
-        stack.callback(trainer.close_phase)
-        trainer.begin_phase()
-        yield trainer
 
 
 def in_turn(
