@@ -112,7 +112,7 @@ def _options(item: dataclasses.Field, kind: type) -> dict[str, Any]:
     """The arguments of `add_argument` for a field."""
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name}
     if kind is bool:
-        return {**options, "action": "store_true"}
+        return {**options, "action": argparse.BooleanOptionalAction}
     if "choices" in item.metadata:
         return {**options, "type": int if kind is int else str, "choices": item.metadata["choices"]}
     if kind in (int, float, str):
@@ -141,7 +141,7 @@ def as_arguments(flags: dict[str, Any]) -> list[str]:
         for item in dataclasses.fields(owner):
             value = flags.get(item.name)
             if isinstance(value, bool):
-                words += [flag_name(item)] if value else []
+                words.append(flag_name(item) if value else flag_name(item).replace("--", "--no-", 1))
             elif value is not None and item.name != "augment":
                 words += [flag_name(item), as_text(value)]
     return words
@@ -175,7 +175,8 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
         result = main(argv)
         if "--json" in argv and is_main_rank():
             print(json.dumps(result))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # Who read the output has gone, as `head` does; what is left of it would fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

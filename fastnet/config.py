@@ -80,7 +80,7 @@ class Config:
         choices=("imagenet", "small"),
     )
     flip_average: bool = _flag(
-        False, "network", "outside training, average the scores of each image and its mirror image"
+        False, "network", "outside training, average the logits of each image and its mirror image"
     )
     backend: Literal["auto", "triton", "torch"] = _flag(
         "auto",
@@ -103,8 +103,7 @@ class Config:
         1.0,
         "data",
         "side of the centre crop in validation, as a fraction of the resized image's",
-        above=0,
-        within=(0, 1),
+        within=(0.01, 1),
     )
     cache_features: int = _flag(
         0,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastnet.cli import Parser, directory, run_command
 from fastnet.data.default import OFFICIAL
-from fastnet.diagnosis import kernels, pixels, ranks, software, storage
+from fastnet.diagnosis import ranks, software, storage
 from fastnet.diagnosis.findings import Check, Finding, examine
 from fastnet.errors import printable
 
@@ -25,14 +26,22 @@ def checks(data: Path, runs: Path) -> list[Check]:
         Check("DALI's package", software.dali_package, REINSTALL),
         Check("driver", software.driver, DRIVER),
         Check("CUDA", software.cuda, DRIVER),
-        Check("DALI, CPU", pixels.dali_on_cpu, REINSTALL),
+        Check("DALI, CPU", late("pixels", "dali_on_cpu"), REINSTALL),
         Check(
             "DALI, GPU",
-            pixels.dali_on_gpu,
+            late("pixels", "dali_on_gpu"),
             "train with --decode cpu or raw; a container needs the video libraries",
         ),
-        Check("Triton", kernels.compiler, "install gcc and Python's headers, or train with --backend torch"),
-        Check("LSTM kernels", kernels.lstm, "train with --backend torch, and report it with this output"),
+        Check(
+            "Triton",
+            late("kernels", "compiler"),
+            "install gcc and Python's headers, or train with --backend torch",
+        ),
+        Check(
+            "LSTM kernels",
+            late("kernels", "lstm"),
+            "train with --backend torch, and report it with this output",
+        ),
         Check("ranks", ranks.ranks, "look at NCCL_DEBUG=INFO, and at NCCL settings in docs/operations.md"),
         Check(
             "disk for data",
@@ -46,6 +55,11 @@ def checks(data: Path, runs: Path) -> list[Check]:
         ),
         Check("shared memory", storage.shared_memory, "give the container more: --shm-size 1g"),
     ]
+
+
+def late(module: str, check: str) -> Callable[[], str]:
+    """A check of a module of `diagnosis` that is imported when it runs: what it imports may be what is broken."""
+    return lambda: getattr(importlib.import_module(f"fastnet.diagnosis.{module}"), check)()
 
 
 def line(finding: Finding) -> str:

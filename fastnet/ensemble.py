@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fastnet.cli import Parser, run_command
+from fastnet.cli import Parser, directory, run_command
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
-from fastnet.errors import InputError
-from fastnet.files import atomic_write
+from fastnet.errors import InputError, printable
+from fastnet.files import atomic_write, check_place
 from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import (
@@ -27,6 +27,8 @@ from fastnet.inference.scores import (
     labelled_split,
 )
 from fastnet.metrics import Totals
+
+SCORES = "scores.npz"
 
 
 def table(rows: Sequence[tuple[str, Totals]]) -> str:
@@ -49,12 +51,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directories of two or more runs")
     parser.add_argument("--split", choices=SPLITS, default="val", help="which images")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder in which to save all scores, as scores.npz"
+        "--out", metavar="DIR", type=directory, help="folder in which to save all scores, as scores.npz"
     )
     add_evaluation_flags(parser)
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
         raise InputError(f"{args.runs[0]}: an ensemble takes two or more runs; name another")
+    if args.out:
+        check_place(args.out / SCORES)
 
     runtime = single_process(args.device)
     data = open_data(args.data, args.runs[0])
@@ -67,10 +71,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     each = {name: count_hits(of_run, split.labels) for name, of_run in zip(runs, logits, strict=True)}
     together = count_score_hits(average, split.labels)
     print(f"{together.images} {args.split} images")
-    print(table([*each.items(), ("average", together)]))
+    print(table([*((printable(name), row) for name, row in each.items()), ("average", together)]))
     files = []
     if args.out:
-        path = args.out / "scores.npz"
+        path = args.out / SCORES
         with atomic_write(path) as beside, beside.open("wb") as file:
             np.savez(
                 file,

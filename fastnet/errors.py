@@ -63,5 +63,5 @@ def printable(text: str) -> str:
     A file name may hold control characters and bytes that are no text.
     """
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # None: stdout is closed
     return escaped.encode(encoding, "backslashreplace").decode(encoding)

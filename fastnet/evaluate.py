@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from fastnet.cli import Parser, run_command
 from fastnet.data.prepared import SPLITS
 from fastnet.distributed.ranks import single_process
+from fastnet.errors import printable
 from fastnet.inference.flags import add_evaluation_flags, changed_settings, open_data
 from fastnet.inference.runs import check_set, load_runs
 from fastnet.inference.scores import as_json, count_hits, labelled_split, logits_of
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ((name, run),) = runs.items()
     totals = count_hits(logits_of(run, split, args.batch_size, runtime, name), split.labels)
     print(
-        f"{name} ({args.checkpoint}, step {run.step}) on {totals.images} {args.split} images: "
+        f"{printable(name)} ({args.checkpoint}, step {run.step}) on {totals.images} {args.split} images: "
         f"top-1 {totals.top1:.2%} ({totals.correct1}), top-5 {totals.top5:.2%} ({totals.correct5}), "
         f"loss {totals.mean_loss:.4f}"
     )

@@ -102,8 +102,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 f"{checked.found:.1e}, where rounding explains {checked.tolerance:.1e}; nothing was written, use "
                 "another format"
             )
+        text = card(name, args.format, facts, data, checked)
     with atomic_write(out / CARD) as beside:
-        beside.write_text(card(name, args.format, facts, data, checked), encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
     print(
         f"{model}: {name} ({args.checkpoint}, step {run.step}), {model.stat().st_size / 1e6:.1f} MB; on {len(images)} "
         f"val images its logits differ from the checkpoint's by at most {checked.found:.1e} "

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from fastnet.cli import Parser, run_command
+from fastnet.cli import Parser, directory, run_command
 from fastnet.errors import printable
 from fastnet.files import atomic_write, short_names
 from fastnet.reporting.curves import QUANTITIES, Curves, draw_curves, read_curves
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         description="Draws the loss and accuracy of runs over the iterations, as PNG and SVG.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", metavar="DIR", type=directory, required=True, help="folder for the pictures")
     args = parser.parse_args(argv)
 
     names = [printable(name) for name in short_names(args.runs)]

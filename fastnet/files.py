@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -41,9 +42,14 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
 
 
 def check_place(path: Path) -> None:
-    """Raises InputError if a folder, a device or a pipe is at `path`, which no file may replace."""
+    """Raises InputError if a folder, a device or a pipe is at `path`, which no file may replace, or if nothing can be
+    written beside it."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file, but a folder, device or pipe; choose another place")
+    parent = next(above for above in path.absolute().parents if above.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = errno.EACCES if parent.is_dir() else errno.ENOTDIR
+        raise InputError(f"{path}: cannot be written ({os.strerror(reason)}: {parent}); choose another place")
 
 
 def remove_leftovers(folder: Path, name: str = "*", *, older: float = 0.0) -> None:
@@ -69,5 +75,5 @@ def refuse_link(path: Path) -> None:
 
 def short_names(runs: Sequence[Path]) -> list[str]:
     """The directories' own names, or their whole paths where the names alone are not distinct."""
-    names = [path.resolve().name for path in runs]
+    names = [Path(os.path.realpath(path)).name for path in runs]
     return names if len(set(names)) == len(names) else [str(path) for path in runs]

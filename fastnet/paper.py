@@ -24,7 +24,7 @@ from fastnet.config import PRESETS, choose_preset
 from fastnet.data.default import default_set
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
-from fastnet.errors import InputError
+from fastnet.errors import InputError, printable
 from fastnet.files import atomic_write
 from fastnet.reporting.published import PAPER
 from fastnet.settings import file_settings, settings_of
@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             "weights" not in named and PRESETS[preset](network).weights == "none"
         ):
             # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
-            flags["weights_partial"] = False
+            if named.get("weights_partial"):
+                flags["weights_partial"] = False
             flags["weights"] = str(runs["baseline"] / "best.pt")
         # Refused here, and not by train.py after the baseline has trained.
         settings_of({**flags, "preset": preset, "network": network}, kind)
@@ -121,8 +122,13 @@ def train(flags: list[str], ranks: int) -> bool:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if process.returncode == 2:  # also where a signal's checkpoint could not be written
+        sys.exit(2)
     if signalled:
         return False
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        sys.exit(f"train.py was ended by {name}, as for want of memory; the same command continues")
     if process.returncode:
         sys.exit(process.returncode)
     return True
@@ -130,11 +136,12 @@ def train(flags: list[str], ranks: int) -> bool:
 
 def write_results(out: Path, data: PreparedSet, scores: dict[str, Any], holdout: float) -> list[str]:
     """Prints the table of results and writes it as results.md and results.json."""
-    decided = f"{holdout:.0%} of the training images, held out" if holdout else "the same images"
+    decided = f"{100 * holdout:g}% of the training images, held out" if holdout else "the same images"
     of_runs = scores["runs"].values()  # whose names are others where a run directory is a link
     rows = {**dict(zip(("baseline", "lstm"), of_runs, strict=True)), "average": scores}
+    name = printable(data.name)
     lines = [
-        f"| network | here: val error ({data.name}) | here: top-5 error | paper: val error | paper: test error |",
+        f"| network | here: val error ({name}) | here: top-5 error | paper: val error | paper: test error |",
         "|---|---|---|---|---|",
     ]
     for name, (test, val) in PAPER.items():

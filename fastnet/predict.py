@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
-from fastnet.cli import Parser, run_command
+from fastnet.cli import Parser, directory, run_command
 from fastnet.data.entries import natural
 from fastnet.distributed.ranks import single_process
 from fastnet.errors import InputError, printable
@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "--images",
         metavar="PATH",
         nargs="+",
-        type=Path,
+        type=directory,
         help="classify these files, the images below these folders, or those that standard input lists (-)",
     )
     parser.add_argument(
@@ -118,7 +118,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     runtime = single_process(args.device)
     runs = load_runs(args.runs, args.checkpoint, runtime, changed_settings(args))
-    first = next(iter(runs.values()))
+    run = next(iter(runs.values()))
     if args.images:
         one_folder = args.images[0] if len(args.images) == 1 and args.images[0].is_dir() else None
         split = images_as_split(find_images(args.images), one_folder)
@@ -131,15 +131,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     scores = average_scores(all_logits(runs, split, args.batch_size, runtime))  # [N, K]
 
     if args.images:
-        guesses = best_five(split.names, scores, first)
+        guesses = best_five(split.names, scores, run)
         if args.out:
             write_guesses(args.out, guesses)
         print(text_table(guesses))
     else:
-        lines = server_lines(split.names, scores, first.classes)
+        lines = server_lines(split.names, scores, run.classes)
         with atomic_write(args.out) as beside:
             beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        print(f"{args.out}: {len(lines)} lines in natural order of the names: {lines[0]} to {lines[-1]}")
+        first, last = printable(lines[0]), printable(lines[-1])
+        print(f"{args.out}: {len(lines)} lines in natural order of the names: {first} to {last}")
     return {"count": len(split), "files": [str(args.out)] if args.out else []}
 
 

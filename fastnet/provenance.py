@@ -47,6 +47,8 @@ def git_revision() -> str | None:
     """The checkout's commit, with + behind it if files differ from it; in an image, what it was built from
     ($FASTNET_REVISION); None where neither is known."""
     root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
+        return os.environ.get("FASTNET_REVISION") or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastnet.cli import Parser, run_command
+from fastnet.cli import Parser, directory, run_command
 from fastnet.errors import InputError, printable, unreadable
 from fastnet.training.events import EpochEvent, FinalEvent, read_events
 from fastnet.training.manifest import read_manifest
@@ -85,8 +85,10 @@ def _is_locked(run_dir: Path) -> bool:
     try:
         fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except OSError:
+    except BlockingIOError:
         return True
+    except OSError:  # a file system without locks
+        return False
     finally:
         os.close(held)
 
@@ -121,7 +123,7 @@ def text_table(runs: Sequence[RunSummary]) -> str:
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = Parser(prog="python -m fastnet.runs", description="The runs below a directory, as a table.")
     parser.add_argument(
-        "directory", metavar="DIR", type=Path, nargs="?", default=Path("runs"), help="where to look"
+        "directory", metavar="DIR", type=directory, nargs="?", default=Path("runs"), help="where to look"
     )
     args = parser.parse_args(argv)
     if not args.directory.is_dir():

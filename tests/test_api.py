@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,5 +69,14 @@ def test_what_is_not_there_is_named(tiny_set: Path, runs: list[Path]) -> None:
         api.open_set("nowhere")
     with pytest.raises(api.InputError, match="has no other split; choose one of train, val, test"):
         next(api.batches(api.open_set(tiny_set), "other"))
+    data = api.open_set(tiny_set)
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"device": "cuda:1"}, "--device cuda:1: not a device; use auto, cpu or cuda"),
+        ({"decode": "rwa"}, "--decode rwa: not a place to decode"),
+        ({"batch_size": 0}, "batch_size 0: must be at least 1"),
+    ]
+    for wrong, message in wrongs:
+        with pytest.raises(api.InputError, match=message):
+            next(api.batches(data, **{"device": "cpu", **wrong}))
     with pytest.raises(api.InputError, match=r"nowhere\.jpg: no such file"):
         api.load_run(runs[0]).predict(["nowhere.jpg"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,3 +109,20 @@ def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
     with pytest.raises(Failed, match=r"2 ranks over gloo, on the CPU fail: .*nowhere"):
         ranks.ranks()
+
+
+@pytest.mark.slow
+def test_packages_that_cannot_be_imported(tmp_path: Path) -> None:
+    """What is broken is what the doctor is asked about, so each check stands on its own."""
+    broken = ("nvidia.dali", "triton", "pyarrow", "simplejpeg", "PIL")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({broken})); from fastnet import doctor; doctor.cli()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--json", "--runs", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout.splitlines()[-1])["checks"]}
+    for name in ("DALI, CPU", "Triton", "LSTM kernels"):
+        assert checks[name]["outcome"] == "fails" and checks[name]["remedy"], checks[name]
+    assert checks["disk for runs"]["outcome"] == "ok"

@@ -59,7 +59,15 @@ def test_a_run_called_average(
 def test_bad_values_are_named(tiny_set: Path, runs: list[Path], tmp_path: Path) -> None:
     data = ["--data", str(tiny_set)]
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"file/scores\.npz: cannot be written"):
-        ensemble.main([*map(str, runs), *data, "--out", str(tmp_path / "file")])
+    with pytest.raises(InputError, match=r"file/scores\.npz: cannot be written \(Not a directory: .*file\)"):
+        ensemble.main(["no run", "nor this", *data, "--out", str(tmp_path / "file")])  # said first of all
+    with pytest.raises(InputError, match="argument --out: invalid directory value: ''"):
+        ensemble.main([*map(str, runs), *data, "--out", ""])
+    (tmp_path / "link").symlink_to(runs[0])
+    with pytest.raises(InputError, match="the run is named twice"):
+        ensemble.main([str(runs[0]), str(tmp_path / "link"), *data])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match="loop: no such run"):
+        ensemble.main([str(runs[0]), str(tmp_path / "loop"), *data])
     with pytest.raises(InputError, match="baseline: an ensemble takes two or more runs"):
         ensemble.main([str(runs[0]), *data])

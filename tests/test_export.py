@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ from fastnet import api, export, train
 from fastnet.config import NETWORKS, Config
 from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
+from fastnet.exporting.card import started_from, weights_elsewhere
 from fastnet.exporting.check import difference
 from fastnet.exporting.formats import FORMATS
 from fastnet.exporting.plain import plain_network, plain_state
+from fastnet.inference.images import images_as_split
+from fastnet.input.graph import InputSpec
+from fastnet.input.streams import EvalStream
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
 from tests.support.official import jpeg
@@ -267,6 +272,20 @@ def other_group_order(state: dict[str, Tensor]) -> None:
         state[one], state[two] = state[two], state[one]
 
 
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        ("imagenet", "imagenet"),
+        ("/models/imagenet", "./imagenet"),
+        ("./none", "./none"),
+        ("/home/me/caf\udce9.pt", "caf\\xe9.pt"),
+    ],
+)
+def test_a_file_of_weights_is_named_without_its_folder(weights: str, named: str) -> None:
+    assert weights_elsewhere(weights) == named
+    assert started_from(named).encode() and ("torchvision" in started_from(named)) == (weights == "imagenet")
+
+
 def not_finite(state: dict[str, Tensor]) -> None:
     state["fc.bias"] = torch.full_like(state["fc.bias"], float("nan"))
 
@@ -279,14 +298,20 @@ def test_a_small_stem_and_averaged_scores(
     """The file is the network with its own first convolution, for an image as it is; the card says so."""
     run, out = tmp_path / "run", tmp_path / "out"
     flags = ["--network", "baseline", "--stem", "small", "--flip-average", "--image-size", "32"]
+    flags += ["--eval-crop", "0.8"]
     flags += ["--epochs", "1", "--batch-size", "14"]
     train.main(["sample", "--data", str(tiny_set), *flags, "--run-dir", str(run)])
     done = export.main([str(run), "--format", "safetensors", "--out", str(out)])
     assert done["difference"] <= done["tolerance"]
-    assert "| scores | means of an image's and its mirror image's" in (out / "README.md").read_text()
-    Image.open(io.BytesIO(jpeg(5, size=32))).save(out / "image.jpg", "PNG")
+    assert "| scores | from the mean logits of an image and its mirror" in (out / "README.md").read_text()
+    # Neither as large as the network's images nor square, and evaluation cuts out the centre.
+    Image.open(io.BytesIO(jpeg(5, size=80))).crop((0, 0, 80, 48)).save(out / "image.jpg", "PNG")
     names = run_card(out, monkeypatch)
     x = torch.from_numpy(names["preprocess"]("image.jpg"))
+    spec = InputSpec(32, torch.device("cpu"), torch.float32, "cpu", 1, eval_crop=0.8)
+    with closing(EvalStream(images_as_split([out / "image.jpg"]), spec, batch_size=1)) as stream:
+        seen = next(iter(stream)).x.clone()
+    assert (x - seen).abs().max() <= 1.5 / 255 / 0.22  # PIL rounds to grey levels after each direction
     with torch.no_grad():
         averaged = (names["network"](x) + names["network"](x.flip(3))) / 2
     assert (averaged - checkpoint_logits(run, x)).abs().max() <= done["tolerance"]

@@ -57,3 +57,13 @@ def test_ctrl_c_while_importing_is_one_line(start: list[str], tmp_path: Path) ->
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert done.stderr == "interrupted\n" and done.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("below", "code"), [(".", 0), ("nowhere", 2)])
+def test_a_closed_stdout(below: str, code: int, tmp_path: Path) -> None:
+    """As a service may start a command; sys.stdout is None then."""
+    line = f'exec "{sys.executable}" -m fastnet.runs "{tmp_path}/{below}" >&-'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr

@@ -111,3 +111,24 @@ def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: 
         assert done.returncode == 2
         assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [f"error: {line}"]
     assert not (tmp_path / "paper").exists()
+
+
+SAVE_FAILS = (
+    "import os, signal; signal.signal(15, lambda *_: os._exit(2)); os.kill(os.getppid(), 15); signal.pause()"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "ends_with"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "train.py was ended by SIGKILL"),
+        ("import sys; sys.exit(3)", "3"),
+        (SAVE_FAILS, "2"),
+    ],
+    ids=["killed", "failed", "stopped, but could not save"],
+)
+def test_how_training_ends(code: str, ends_with: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper, "launch_command", lambda *_, **__: [sys.executable, "-c", code])
+    with pytest.raises(SystemExit) as ended:
+        paper.train([], ranks=1)
+    assert str(ended.value.code).startswith(ends_with)

@@ -129,6 +129,10 @@ def test_bad_values_are_named(
         predict.main([str(tmp_path / "no run"), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match="--images and --data: give one of them"):
         predict.main([run, *data, "--images", str(tmp_path)])
+    with pytest.raises(InputError, match="argument --images: invalid directory value: ''"):
+        predict.main([run, "--images", ""])
+    with pytest.raises(InputError, match=r"--eval-crop 1e-08: must lie between 0\.01 and 1"):
+        predict.main([run, *data, "--out", str(tmp_path / "out"), "--eval-crop", "1e-8"])
     with pytest.raises(InputError, match="set: has no test split"):
         predict.main([run, "--data", str(set_without_test_split), "--out", str(tmp_path / "out")])
 

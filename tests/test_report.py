@@ -28,8 +28,9 @@ from fastnet.errors import InputError
 from fastnet.inference.scores import average_scores, count_hits, count_score_hits
 from fastnet.reporting.curves import read_curves
 from fastnet.reporting.mistakes import class_results, confused_pairs, confusion_matrix, surest_mistakes
-from fastnet.reporting.page import PAIRS, RunResult, render
-from fastnet.reporting.pictures import THUMBNAIL, confusion_png, thumbnail
+from fastnet.reporting.page import PAIRS, RunResult, render, speed
+from fastnet.reporting.pictures import THUMBNAIL, confusion_png, speed_charts, thumbnail
+from fastnet.training.events import EpochEvent
 from fastnet.training.manifest import Manifest
 from tests.support.official import jpeg
 from tests.support.paths import REPOSITORY
@@ -455,3 +456,10 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str) -> None:
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert said == [] and set(requests) <= {"file", "data"}
     tab.close()
+
+
+def test_an_epoch_that_was_continued_after_its_last_step_has_no_pace() -> None:
+    timed = EpochEvent("full", 0, 3, 1.0, 0.5, 1.0, 0.5, 0.5, 10, 100.0, 1.0, 1.0, 0.5, 10.0, 2.0)
+    bare = EpochEvent("full", 1, 6, 1.0, 0.5, 1.0, 0.5, 0.5, 10)
+    assert speed([timed, bare]) == speed([timed]) == {"seconds": 2.0, "images_per_s": 100.0, "data_wait": 0.5}
+    assert "nan" not in speed_charts([timed, bare], "run")["images"]

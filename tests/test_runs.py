@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import pytest
 import torch
 
 from fastnet import runs as command
+from fastnet.distributed import lock
 from fastnet.distributed.lock import run_lock
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.training.events import read_events
 
 
 def test_the_runs_below_a_directory(
@@ -68,3 +73,34 @@ def test_a_holdout_is_not_val(runs: list[Path], tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"event": "final", "step": 3, **scores}) + "\n")
     assert command.main([str(tmp_path)])["runs"][0]["best_top1"] == 0.375
+
+
+def test_a_file_system_without_locks(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There nothing says that a run is being trained."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    shutil.copytree(runs[0], tmp_path / "run")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert command.main([str(tmp_path)])["runs"][0]["state"] == "done"
+
+
+def test_a_look_at_a_run_does_not_keep_it_from_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: os.close(looking))
+    lock.RunLock(tmp_path).release()
+
+
+def test_a_line_that_is_being_written(runs: list[Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    whole = read_events(run / "metrics.jsonl")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "epoch", "pha')
+    assert read_events(run / "metrics.jsonl") == whole
+    assert command.main([str(tmp_path)])["runs"][0]["state"] == "done"

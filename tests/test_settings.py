@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastnet import train
-from fastnet.cli import SettingsParser
+from fastnet.cli import SettingsParser, as_arguments
 from fastnet.config import NETWORKS, PRESETS, Config
 from fastnet.errors import InputError
 from fastnet.settings import as_toml, meeting_of, settings_of
@@ -72,6 +72,13 @@ def test_print_config_trains_nothing(
     (tmp_path / "run.toml").write_text(printed)
     assert resolved("--config", "run.toml") == resolved("fast", "--network", "lstm", "--lr", "0.5")
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_flag_turns_off_what_a_file_turns_on(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("compile = true\nflip_average = true\n")
+    given = resolved("--config", str(tmp_path / "run.toml"), "--no-compile")
+    assert not given.compile and given.flip_average
+    assert as_arguments({"compile": False, "flip_average": True}) == ["--flip-average", "--no-compile"]
 
 
 def test_a_file_may_hold_what_only_some_networks_use(tmp_path: Path) -> None:

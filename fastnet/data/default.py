@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastnet.data.prepared import PreparedSet, open_set
 from fastnet.errors import printable
+
+if TYPE_CHECKING:
+    from fastnet.data.prepared import PreparedSet
 
 OFFICIAL = Path("data/tiny-imagenet")
 
@@ -19,6 +22,9 @@ def default_set(choice: Path | None, why: str = "--data") -> PreparedSet:
     set, which is made on first use; if many processes ask at once, one makes it. `why` says where `choice` is from.
     Raises InputError as `open_set` does.
     """
+    # Not at the top: the doctor has to run where Arrow or DALI cannot be imported.
+    from fastnet.data.prepared import open_set
+
     environment = os.environ.get("FASTNET_DATA")
     sample = Path("data/sample")
     if choice is not None:

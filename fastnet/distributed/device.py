@@ -17,8 +17,11 @@ NVIDIA_DEVICES = (Path("/dev"), "nvidia[0-9]*")
 def choose_device(choice: str = "auto", local_rank: int = 0, local_world_size: int = 1) -> torch.device:
     """The device that `--device` means for this rank: auto is a GPU per rank, or the CPU on a machine without GPUs.
 
-    Raises InputError if a GPU is asked for, or is there, and CUDA does not work, and for more ranks than GPUs.
+    Raises InputError for another word, if a GPU is asked for, or is there, and CUDA does not work, and for more ranks
+    than GPUs.
     """
+    if choice not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {choice}: not a device; use auto, cpu or cuda")
     if choice == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

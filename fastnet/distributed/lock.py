@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.files import remove_leftovers
+
+A_LOOK = 0.1  # seconds, in which `fastnet runs` has long let go of a lock that it tried
 
 
 class RunLock:
@@ -27,6 +30,9 @@ class RunLock:
         self.path = run_dir / ".lock"
         self.job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's own name for "not given"
         held = self._locked()
+        if held is None:
+            time.sleep(A_LOOK)
+            held = self._locked()
         self.held = self._taken_over() if held is None else held
 
     def _locked(self) -> int | None:

@@ -16,6 +16,7 @@ import torch
 
 import fastnet
 from fastnet.config import Config
+from fastnet.data.entries import readable
 from fastnet.data.prepared import PreparedSet
 from fastnet.errors import printable
 from fastnet.exporting.check import Difference
@@ -29,6 +30,7 @@ from fastnet.exporting.plain import (
 from fastnet.input.draws import MEAN, STD
 from fastnet.training.events import EpochEvent, FinalEvent, read_events
 
+STARTS = {"none": "random weights", "imagenet": "torchvision's ImageNet weights (IMAGENET1K_V1)"}
 TITLES = {"torch": "a torch.export program", "onnx": "ONNX", "safetensors": "safetensors weights"}
 # Rounds as evaluation does, which resizes the shorter side and cuts out the centre.
 PREPROCESS = '''\
@@ -76,8 +78,7 @@ def facts_of(
         "words": words,
         "data": {"name": data.name, "hash": data.hash},
         **position,
-        # The path of a file of weights says nothing elsewhere.
-        "config": {**config.to_json(), "weights": Path(config.weights).name},
+        "config": {**config.to_json(), "weights": weights_elsewhere(config.weights)},
         "versions": {"fastnet": fastnet.__version__, "torch": torch.__version__},
     }
 
@@ -121,7 +122,7 @@ def card(name: str, form: str, facts: dict[str, Any], data: PreparedSet, checked
         *([("validation top-5", f"{scores['top5']:.4f}")] if scores else []),
         *([("validation images", f"{scores['count']:,}")] if scores else []),
         *(
-            [("scores", "means of an image's and its mirror image's; the file gives one image's")]
+            [("scores", "from the mean logits of an image and its mirror image; the file gives one image's")]
             if averaged
             else []
         ),
@@ -168,9 +169,14 @@ The largest difference was {checked.found:.1e}; rounding explains up to {checked
 """
 
 
+def weights_elsewhere(weights: str) -> str:
+    """--weights as text without the folder of a file, which says nothing elsewhere; ./none is a file of that name."""
+    name = readable(Path(weights).name)
+    return name if weights in STARTS or name not in STARTS else f"./{name}"
+
+
 def started_from(weights: str) -> str:
-    known = {"none": "random weights", "imagenet": "torchvision's ImageNet weights (IMAGENET1K_V1)"}
-    return known.get(weights, f"the weights in {weights}")
+    return STARTS.get(weights, f"the weights in {printable(weights)}")
 
 
 def front_matter(name: str, facts: dict[str, Any], imagenet: bool) -> str:

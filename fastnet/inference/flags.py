@@ -46,7 +46,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     parser.add_argument(
         "--flip-average",
         action=argparse.BooleanOptionalAction,
-        help="average the scores of each image and its mirror image, or do not; default: as in the training",
+        help="average the logits of each image and its mirror image, or do not; default: as in the training",
     )
 
 

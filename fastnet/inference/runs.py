@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -48,9 +49,9 @@ def load_run(
     saved = load(path)
     # Training may have used an LSTM backend that this machine lacks.
     config = replace(saved.config, backend="auto", **changes or {})
-    network = Network(config, len(saved.classes))
-    load_model(network, path, saved.result)
     with memory_for(f"{run_dir}: its network", runtime.device, "free some of it, or use --device cpu"):
+        network = Network(config, len(saved.classes))
+        load_model(network, path, saved.result)
         network.to(runtime.device).eval()
     amp = nearest_precision(config.precision, runtime.device)
     return TrainedRun(config, network, saved.classes, saved.words, saved.position.step, saved.data_hash, amp)
@@ -70,9 +71,10 @@ def load_runs(
     Raises InputError for one that cannot be used, or is named twice.
     """
     names = short_names(run_dirs)
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{name}: the run is named twice; name each once")
+    places = [os.path.realpath(path) for path in run_dirs]
+    for place, path in zip(places, run_dirs, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{path}: the run is named twice; name each once")
     runs = {name: load_run(path, runtime, which, changes) for name, path in zip(names, run_dirs, strict=True)}
     for name, run in runs.items():
         check_classes(f"run {name}", run.classes, f"run {names[0]}", runs[names[0]].classes)

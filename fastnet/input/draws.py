@@ -100,7 +100,8 @@ def eval_inputs(sizes: NDArray, image_size: int, eval_crop: float) -> dict[str, 
     """The box of each image of `sizes` [B, 2] that remains after resizing its shorter side to image_size /
     eval_crop and cropping the centre. Rounds as torchvision's Resize and CenterCrop do.
     """
-    resized = np.floor(round(image_size / eval_crop) * sizes / sizes.min(axis=1, keepdims=True))  # [B, 2]
+    wide = sizes.astype(np.float64)  # the product of two sizes is beyond int32 for a long strip
+    resized = np.floor(round(image_size / eval_crop) * wide / wide.min(axis=1, keepdims=True))  # [B, 2]
     offset = np.rint((resized - image_size) / 2)
     scale = sizes / resized
     return {"start": _f32(offset * scale), "end": _f32((offset + image_size) * scale)}

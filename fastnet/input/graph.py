@@ -44,6 +44,8 @@ class InputSpec:
 
 def resolve_decode(choice: str, device: torch.device) -> str:
     """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere. (Training: training/placement.py.)"""
+    if choice not in ("auto", "device", "gpu", "cpu", "raw"):
+        raise InputError(f"--decode {choice}: not a place to decode; use auto, gpu, cpu or raw")
     if choice in ("device", "gpu") and device.type != "cuda":
         raise InputError(f"--decode {choice}: there is no GPU here; use cpu, raw or auto")
     if choice == "auto":

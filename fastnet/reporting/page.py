@@ -140,9 +140,10 @@ def speed(epochs: Sequence[EpochEvent]) -> dict[str, float | None]:
     """Over all epochs: seconds of training, median images/s, and the share of the time that was spent waiting."""
     timed = [(e.seconds, e.data_wait) for e in epochs if e.seconds is not None and e.data_wait is not None]
     seconds = sum(seconds for seconds, _ in timed)
+    rates = [e.images_per_s for e in epochs if e.images_per_s is not None]
     return {
         "seconds": seconds if timed else None,
-        "images_per_s": statistics.median(e.images_per_s for e in epochs) if epochs else None,
+        "images_per_s": statistics.median(rates) if rates else None,
         "data_wait": sum(s * wait for s, wait in timed) / seconds if seconds else None,
     }
 

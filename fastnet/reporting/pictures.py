@@ -56,15 +56,17 @@ def speed_charts(epochs: Sequence[EpochEvent], name: str) -> dict[str, Markup]:
     """Charts of images/s and of step times over the epochs, by name. Epochs count from 1."""
     x = [event.epoch + 1 for event in epochs]
 
+    def measured(key: str) -> list[float]:
+        return [np.nan if (value := getattr(event, key)) is None else value for event in epochs]
+
     def images(axis: Axes) -> None:
-        axis.plot(x, [event.images_per_s for event in epochs], color=ACCENT, marker="o", markersize=3.5)
+        axis.plot(x, measured("images_per_s"), color=ACCENT, marker="o", markersize=3.5)
         frame(axis)
         _scale(axis, "epoch", None)
 
     def times(axis: Axes) -> None:
         for key, colour, line in (("step_ms_p95", MUTED, "--"), ("step_ms_p50", ACCENT, "-")):
-            values = [np.nan if (value := getattr(event, key)) is None else value for event in epochs]
-            axis.plot(x, values, color=colour, linestyle=line, marker="o", markersize=3.5)
+            axis.plot(x, measured(key), color=colour, linestyle=line, marker="o", markersize=3.5)
         frame(axis)
         _scale(axis, "epoch", None)
 

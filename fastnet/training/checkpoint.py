@@ -194,7 +194,10 @@ def load(path: Path) -> Checkpoint:
             f"{path}: a checkpoint of format {content['format']}; this version reads format {FORMAT}"
         )
     try:
-        return msgspec.convert(content, Checkpoint)
+        saved = msgspec.convert(content, Checkpoint)
+        if len(saved.words) != len(saved.classes):
+            raise InputError(f"it has {len(saved.words)} words for {len(saved.classes)} classes")
+        return saved
     except (msgspec.ValidationError, InputError) as error:
         raise InputError(f"{path}: damaged: {error}; remove it or restore it from a copy") from error
 

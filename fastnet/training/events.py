@@ -27,8 +27,9 @@ class StepEvent(msgspec.Struct, tag_field="event", tag="step"):
 class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
     """An epoch's means over training and its validation; losses in nats, the others as fractions.
 
-    What the training run measured of itself is None where a record lacks it: step times in milliseconds, the share
-    of the time spent waiting for data, memory in MiB, and the sum of the step times in seconds.
+    What the training run measured of itself is None where a record lacks it, as that of an epoch that was continued
+    after its last step: step times in milliseconds, the share of the time spent waiting for data, memory in MiB, and
+    the sum of the step times in seconds.
     """
 
     phase: str
@@ -40,7 +41,7 @@ class EpochEvent(msgspec.Struct, tag_field="event", tag="epoch"):
     val_top1: float
     val_top5: float
     val_count: int
-    images_per_s: float = 0.0
+    images_per_s: float | None = None
     step_ms_p50: float | None = None
     step_ms_p95: float | None = None
     data_wait: float | None = None
@@ -62,7 +63,8 @@ Event = PhaseEvent | StepEvent | EpochEvent | FinalEvent
 
 
 def read_events(path: Path, length: int | None = None) -> list[Event]:
-    """The lines of a metrics.jsonl, or of its first `length` bytes.
+    """The lines of a metrics.jsonl, or of its first `length` bytes. A last line that is cut off is passed over: it is
+    being written, or a full disk or a crash cut it off, and the run that continues does the same.
 
     Raises InputError naming the file, and the line that is damaged.
     """
@@ -70,15 +72,17 @@ def read_events(path: Path, length: int | None = None) -> list[Event]:
         raise InputError(f"{path}: no such file; give the directory of a run that has begun")
     try:
         with path.open("rb") as file:
-            lines = file.read(-1 if length is None else length).splitlines()
+            content = file.read(-1 if length is None else length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     decoder = msgspec.json.Decoder(Event)
     events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
             events.append(decoder.decode(line))
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            if not line.endswith(b"\n") and length is None:
+                break
             reason = str(error).partition(" - at")[0]
             raise InputError(
                 f"{path}, line {number}: not a record of training ({reason}); restore the file from a copy"

@@ -57,16 +57,19 @@ class Stopwatch:
         return np.array([a.elapsed_time(b) for a, b in pairs])
 
     def summary(self, batch_size: int) -> dict[str, Any]:
-        """What an epoch's line of metrics.jsonl says of speed and memory; `batch_size` is the global one."""
-        steps = self.milliseconds()
+        """What an epoch's line of metrics.jsonl says of speed and memory; `batch_size` is the global one. Where another
+        session made all of its steps, that is memory alone."""
+        steps, memory = self.milliseconds(), {"peak_mem_mb": _peak_memory(self.device) / 2**20}
+        if not len(steps):
+            return memory
         seconds = float(steps.sum()) / 1e3
-        p50, p95 = np.percentile(steps, [50, 95]) if len(steps) else (0.0, 0.0)
+        p50, p95 = np.percentile(steps, [50, 95])
         return {
-            "images_per_s": len(steps) * batch_size / seconds if seconds else 0.0,
+            "images_per_s": len(steps) * batch_size / seconds,
             "step_ms_p50": float(p50),
             "step_ms_p95": float(p95),
-            "data_wait": sum(self.waits) / seconds if seconds else 0.0,
-            "peak_mem_mb": _peak_memory(self.device) / 2**20,
+            "data_wait": sum(self.waits) / seconds,
+            **memory,
             "seconds": seconds,
         }
 

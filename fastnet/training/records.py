@@ -83,9 +83,10 @@ class Recorder:
             return
         line = (
             f"{title}: train loss {trained['train_loss']:.3f} top-1 {trained['train_top1']:.3f}, {split} loss "
-            f"{scores.mean_loss:.3f} top-1 {scores.top1:.3f} top-5 {scores.top5:.3f}, "
-            f"{trained['images_per_s']:.0f} images/s, waits for data {trained['data_wait']:.0%}"
+            f"{scores.mean_loss:.3f} top-1 {scores.top1:.3f} top-5 {scores.top5:.3f}"
         )
+        if "seconds" in trained:
+            line += f", {trained['images_per_s']:.0f} images/s, waits for data {trained['data_wait']:.0%}"
         print(line, file=sys.stderr, flush=True)
 
 

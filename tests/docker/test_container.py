@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from fastnet import provenance
 from fastnet.provenance import git_revision
 from tests.support.paths import REPOSITORY
 
@@ -107,3 +108,17 @@ def test_an_image_knows_what_it_was_built_from(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FASTNET_REVISION", "0123abcd")
     monkeypatch.setenv("PATH", str(Path(shutil.__file__).parent))  # a directory without git
     assert git_revision() == "0123abcd"
+
+
+def test_the_revision_is_not_that_of_another_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An environment is often a folder of the project that uses fastnet."""
+    place = tmp_path / ".venv" / "lib" / "fastnet" / "provenance.py"
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+    commit = ["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"]
+    subprocess.run(commit, check=True)
+    monkeypatch.delenv("FASTNET_REVISION", raising=False)
+    monkeypatch.setattr(provenance, "__file__", str(place))
+    assert git_revision() is None

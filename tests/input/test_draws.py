@@ -6,7 +6,7 @@ import numpy as np
 
 from fastnet.config import Augment
 from fastnet.input import draws as aug
-from fastnet.input.draws import epoch_order
+from fastnet.input.draws import epoch_order, eval_inputs
 from tests.support.streams import TRAIN
 
 
@@ -82,3 +82,11 @@ def test_each_operation_is_drawn_about_equally_often() -> None:
             assert np.abs(counts - n / 14).max() < 5 * np.sqrt(n / 14)
         assert abs(inputs["sign0"].mean() - 0.5) < 5 * 0.5 / np.sqrt(n)
     assert set(inputs["magnitude0"]) == {aug.RAND_MAGNITUDE}
+
+
+def test_a_strip_of_millions_of_pixels() -> None:
+    """The product of its length and of the image's size is beyond 32 bits."""
+    sizes = np.array([[3, 19_173_962]], np.int32)  # [1, 2]
+    box = eval_inputs(sizes, 224, 1.0)
+    assert np.allclose(box["end"] - box["start"], 3, atol=2)  # float32 is that coarse there
+    assert np.allclose((box["start"] + box["end"]) / 2, sizes / 2, atol=2)

@@ -58,6 +58,7 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "message"),
     [
         (put("config", value=3), "damaged: Expected `object`, got `int`"),
+        (put("words", value=["one"]), "damaged: it has 1 words for 3 classes"),
         (put("config", "lr", value="fast"), "damaged: Expected `float`, got `str`"),
         (put("config", "stages", value=["conv9"]), "damaged: --stages conv9"),
         (put("position", value=[]), "damaged: Expected `object`"),
