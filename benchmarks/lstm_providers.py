@@ -207,7 +207,10 @@ def compiled(p: Problem) -> Provider:
 
 
 def flashrnn(p: Problem) -> Provider:
-    """FlashRNN's recurrent kernel behind a projection by torch, head dimensions padded to a power of two."""
+    """FlashRNN's recurrent kernel behind a projection by torch, head dimensions padded to a power of two from 16.
+
+    Release 1.0.8 cannot run here: see benchmarks/README.md.
+    """
     from flashrnn import flashrnn as run  # not on every machine
 
     flat, weights = stacked_parameters(p, p.dtype)
@@ -215,7 +218,7 @@ def flashrnn(p: Problem) -> Provider:
     def forward() -> Tensor:
         ends = []
         for x, w, (groups, seq_len, hidden) in zip(p.features, weights, p.stages, strict=True):
-            wide = 1 << (hidden - 1).bit_length()
+            wide = max(16, 1 << (hidden - 1).bit_length())
             pad = (0, wide - hidden)
             sequence = x.flatten(2).unflatten(1, (groups, seq_len))  # [B, G, T, S]
             ih = w.ih.unflatten(1, (4, hidden))  # [G, 4, H, S]
@@ -223,7 +226,12 @@ def flashrnn(p: Problem) -> Provider:
             hh = F.pad(w.hh.unflatten(1, (4, hidden)), (*pad, *pad)).transpose(0, 1)  # [4, G, D, D]
             bias = F.pad((w.bias_ih + w.bias_hh).unflatten(1, (4, hidden)), pad).transpose(0, 1)  # [4, G, D]
             states, _ = run(
-                wx.contiguous(), hh.contiguous(), bias.contiguous(), function="lstm", backend="cuda_fused"
+                wx.contiguous(),
+                hh.contiguous(),
+                bias.contiguous(),
+                function="lstm",
+                backend="cuda_fused",
+                dtype=str(p.dtype).removeprefix("torch."),
             )
             ends.append(states[0][:, -1, :, :hidden].flatten(1))  # h of [S, B, T, G, D] at the last step
         return torch.cat(ends, dim=1)

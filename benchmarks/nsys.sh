@@ -4,10 +4,11 @@
 #   benchmarks/nsys.sh python fastnet/train.py --network lstm --profile-steps 20:25 --max-steps 25
 #   torchrun --nproc_per_node=8 --no-python benchmarks/nsys.sh python fastnet/train.py --profile-steps 20:25 --max-steps 25
 #
-# Without --profile-steps nothing is recorded. $NSYS: another nsys; $NSYS_FLAGS: more flags.
+# Without --profile-steps nothing is recorded. $NSYS: another nsys; $NSYS_FLAGS: more flags, in
+# place of --sample=process-tree.
 set -eu
 if [ "$#" -eq 0 ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 out=${OUT:-runs/profiles}
@@ -15,5 +16,5 @@ mkdir -p "$out"
 # shellcheck disable=SC2086  # flags are words
 exec "${NSYS:-nsys}" profile \
     --capture-range=cudaProfilerApi --capture-range-end=stop \
-    --trace=cuda,nvtx,cudnn,cublas,osrt --cuda-graph-trace=node --sample=process-tree \
-    --force-overwrite=true --output="$out/rank${RANK:-0}" ${NSYS_FLAGS:-} "$@"
+    --trace=cuda,nvtx,cudnn,cublas,osrt --cuda-graph-trace=node \
+    --force-overwrite=true --output="$out/rank${RANK:-0}" ${NSYS_FLAGS:---sample=process-tree} "$@"

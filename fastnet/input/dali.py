@@ -68,7 +68,7 @@ class DaliBatches:
     def take(self) -> tuple[torch.Tensor, NDArray[np.int64]]:
         """The next batch: x [B, S, S, 3] on the device, and its images."""
         # Bound to torch's stream, which waits for DALI's work. When `x` is dropped, DALI's DLPack deleter hands its
-        # buffer to a thread that synchronises the device before it frees it (include/dali/core/dltensor.h).
+        # buffer to a thread that synchronises the device before it frees it (include/dali/pipeline/data/dltensor.h).
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         try:
             (images,) = self.pipe.outputs(cuda_stream=stream)

@@ -38,9 +38,7 @@ def resolve_graph(config: Config, device: torch.device) -> str:
     if device.type != "cuda":
         reason = "there is no GPU here"
     elif config.apex:
-        reason = (
-            "NVIDIA Apex's optimisers read the learning rate on the host, where a graph cannot see it change"
-        )
+        reason = "with --apex the learning rate is on the host, where a graph cannot see it change"
     if reason and config.cuda_graph == "on":
         raise InputError(f"--cuda-graph on: {reason}; use auto or off")
     return "off" if reason else config.cuda_graph
