@@ -1,8 +1,8 @@
 """Other projects' training steps, for benchmarks.step: torchvision's references/classification and timm's train.py.
 
 Neither script is part of its package, so their steps are written out here in the same order, over their own transforms
-and with what their packages have. Both train ResNet-18 from the same JPEGs with Nesterov's SGD and label smoothing, without
-weight decay: torchvision's as with --opt sgd_nesterov --label-smoothing 0.1 --wd 0 --use-v2.
+and with what their packages have. Both train ResNet-18 from the same JPEGs with Nesterov's SGD and label smoothing,
+without weight decay: torchvision's as with --opt sgd_nesterov --label-smoothing 0.1 --wd 0 --use-v2.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ def atomic_write(path: Path, *, full: str = "") -> Iterator[Path]:
         os.fchmod(handle, 0o666 & ~_umask())
         os.close(handle)
         yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # or a crash of the machine could leave an empty file under the name
         beside.replace(path)
     except OSError as error:
         raise refused(error, path, full=full) from error

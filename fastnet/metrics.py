@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks.
-LOSS_UNIT = 2.0**-24
+# Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks, up to 2^24
+# images of the largest loss that counts as finite.
+LOSS_UNIT, LARGEST_LOSS = 2.0**-24, 2.0**15
 
 
 class Totals(NamedTuple):
-    """Sums over images, as integers: the loss in `LOSS_UNIT`, hits, images, and images whose loss is not finite."""
+    """Sums over images, as integers: the loss in `LOSS_UNIT`, hits, images, and images whose loss is not finite,
+    or above `LARGEST_LOSS`."""
 
     loss: int = 0
     correct1: int = 0
@@ -54,7 +56,7 @@ class Counter:
         class comes first, as `argmax` has it, so no count depends on how a sort breaks ties.
         """
         losses = F.cross_entropy(logits, y, reduction="none").double()  # [B]
-        finite = losses.isfinite()  # [B]
+        finite = losses <= LARGEST_LOSS  # [B], false for NaN
         own = logits.gather(1, y[:, None])  # [B, 1]
         lower = torch.arange(logits.shape[1], device=y.device) < y[:, None]  # [B, K]
         rank = ((logits > own) | ((logits == own) & lower)).sum(dim=1)  # [B]

@@ -37,9 +37,11 @@ PREPROCESS = '''\
 def preprocess(path):
     """An image file as [1, 3, S, S] float32."""
     size, resize = facts["input"]["image_size"], facts["input"]["resize"]
-    image = ImageOps.fit(Image.open(path).convert("RGB"), (resize, resize), Image.Resampling.BILINEAR)
-    edge = round((resize - size) / 2)
-    pixels = np.asarray(image.crop((edge, edge, edge + size, edge + size)), np.float32) / 255
+    image = Image.open(path).convert("RGB")
+    width, height = (resize * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, np.float32) / 255
     normalised = (pixels - facts["input"]["mean"]) / facts["input"]["std"]
     return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], np.float32)
 '''
@@ -207,7 +209,7 @@ import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image
 
 session = onnxruntime.InferenceSession("{file}")
 facts = json.loads(session.get_modelmeta().custom_metadata_map["{FACTS}"])
@@ -219,14 +221,14 @@ facts = json.loads(session.get_modelmeta().custom_metadata_map["{FACTS}"])
 print(facts["words"][logits[0].argmax()])
 """
     if form == "torch":
-        imports = "import torch\nfrom PIL import Image, ImageOps"
+        imports = "import torch\nfrom PIL import Image"
         load = f"""\
 extra = {{"{FACTS}": ""}}
 network = torch.export.load("{file}", extra_files=extra).module()
 facts = json.loads(extra["{FACTS}"])
 """
     else:
-        imports = "import torch\nimport torchvision\nfrom PIL import Image, ImageOps\nfrom safetensors import safe_open"
+        imports = "import torch\nimport torchvision\nfrom PIL import Image\nfrom safetensors import safe_open"
         if facts["lstms"] or facts["averages"]:
             imports += "\nfrom torch import Tensor, nn"
         load = f"""\

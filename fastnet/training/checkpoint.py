@@ -97,7 +97,9 @@ def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | Non
         with beside.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(
+                file.fileno()
+            )  # here, so that nothing slow is between the look at the lock and the renaming
         if lock is not None:
             lock.check()
         if best:

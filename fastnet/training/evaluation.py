@@ -36,7 +36,9 @@ def validate(network: Network, stream: Iterable[Batch], runtime: Runtime, phase:
     share_weights(network, runtime)
     totals = evaluate(network, stream, runtime)
     if totals.not_finite:
-        raise InputError(f"the validation loss of {totals.not_finite} images is not finite; {phase.calmer}")
+        raise InputError(
+            f"the validation loss of {totals.not_finite} images is not finite, or huge; {phase.calmer}"
+        )
     return totals
 
 

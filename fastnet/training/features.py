@@ -37,10 +37,11 @@ from fastnet.distributed.stop import StopSignal
 from fastnet.distributed.storage import ranks_sharing
 from fastnet.errors import InputError
 from fastnet.files import STALE, atomic_write, remove_leftovers
-from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.graph import InputSpec
 from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
 from fastnet.network.network import Network
 from fastnet.progress import track
+from fastnet.training.placement import streamed_decode
 
 SHARD = 2048  # images in a file
 VALIDATION = "val"  # in place of a draw
@@ -63,7 +64,7 @@ class FrozenFeatures:
         self.splits = {"train": division.train, VALIDATION: division.val}
         self.images = {"train": division.train_images, VALIDATION: division.val_images}
         self.draws = sorted({epoch % config.cache_features for epoch in epochs})
-        self.decode = resolve_decode("auto", runtime.device)
+        self.decode = streamed_decode(config.decode, runtime.device)
         size = config.image_size
         with torch.no_grad():
             one = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
@@ -219,6 +220,9 @@ class FrozenFeatures:
     def _shard(self, draw: str, number: int) -> NDArray[np.float16]:
         path = self.folder / f"{draw}-{number}.npy"
         if path not in self.shards:
+            # Each map is an open file. An epoch reads one draw, and validation its own.
+            current = (f"{draw}-", f"{VALIDATION}-")
+            self.shards = {path: kept for path, kept in self.shards.items() if path.name.startswith(current)}
             self.shards[path] = np.load(path, mmap_mode="r")
         return self.shards[path]
 

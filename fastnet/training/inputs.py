@@ -18,14 +18,14 @@ from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
-from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.graph import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream, check_batch_size
 from fastnet.network.network import Network
 from fastnet.progress import track
 from fastnet.training.batches import Resident, Stream, Streamed
 from fastnet.training.features import FeatureEvalStream, FeatureTrainStream, FrozenFeatures
 from fastnet.training.phases import Phase, image_size
-from fastnet.training.placement import image_dtype, place, splits_read
+from fastnet.training.placement import image_dtype, place, splits_read, streamed_decode
 from fastnet.training.state import TrainState
 
 AGAIN = 200  # steps
@@ -127,9 +127,7 @@ class Inputs:
                     self.features, self.runtime.amp or torch.float32, epoch=epoch, step=0
                 )
             else:
-                device = self.runtime.device
-                # Not into the GPU's memory, where the set may lie already.
-                decode = resolve_decode("auto", device) if self.spec.decode == "device" else self.spec.decode
+                decode = streamed_decode(self.spec.decode, self.runtime.device)
                 spec = replace(self.spec, decode=decode, dtype=image_dtype(decode, self.runtime))
                 with self.runtime.agree():
                     stream = stack.enter_context(closing(self._open(spec, epoch, 0)))

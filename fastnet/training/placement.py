@@ -46,6 +46,12 @@ def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str
     return {"decode": decode}
 
 
+def streamed_decode(decode: str, device: torch.device) -> str:
+    """Where images are decoded that a run takes besides those of a step: as `--decode` says, but not into the GPU's
+    memory, where the set may lie already."""
+    return resolve_decode("auto" if decode == "device" else decode, device)
+
+
 def image_dtype(decode: str, runtime: Runtime) -> torch.dtype:
     """The type of a batch: what the first convolution computes in, unless DALI makes it, which has no bfloat16."""
     return runtime.amp or torch.float32 if decode == "device" else runtime.image_dtype

@@ -153,7 +153,10 @@ class Trainer:
         batches, self.val_stream = self.inputs.open(self.phase, self.state)
         parts = (self.network, self.evaluated.moving, batches, self.counter, begun, self.run_dir / "last.pt")
         self.running = RunningPhase(self.phase, config, self.runtime, *parts)
-        if self.graphs != "off":
+        ended = self.state.phase_epoch + 1 == self.phase.epochs and (
+            self.state.step_in_epoch == self.inputs.steps_per_epoch
+        )  # but not validated; there may be no images after it to rehearse with
+        if self.graphs != "off" and not ended:
             outcome = self.running.capture()
             self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
             self.note(**{f"cuda_graph_{self.phase.name}": outcome})
@@ -354,7 +357,8 @@ class Trainer:
         totals = Totals(*self.runtime.sum_(self.counter.sums.clone()).tolist())
         if totals.not_finite:
             raise InputError(
-                f"the loss is not finite by step {self.state.step}; nothing of it was saved; {self.phase.calmer}"
+                f"the loss is not finite, or huge, by step {self.state.step}; nothing of it was saved; "
+                f"{self.phase.calmer}"
             )
         return totals
 

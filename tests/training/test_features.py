@@ -11,6 +11,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fastnet import evaluate
 from fastnet.files import STALE
 from fastnet.training import features
 from fastnet.training.checkpoint import load
+from fastnet.training.placement import streamed_decode
 from tests.support.disks import small_disk
 from tests.support.paths import SCRIPT
 from tests.support.ranks import start_ranks
@@ -234,3 +236,49 @@ def test_a_disk_too_small_is_refused_first(
     line = refused(capsys, monkeypatch, *flags)
     assert "--cache-features 9: takes" in line and "0.0 GB are free; use fewer draws" in line
     assert not any(file.name.startswith("8-") for file in own_set.glob("features/*/*"))
+
+
+@pytest.mark.slow
+def test_files_of_few_images(
+    kept: Path, own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers in files of eight images, of which no more are open than those of one draw and of validation."""
+    most = 0
+    shard = features.FrozenFeatures._shard
+
+    def counted(self: features.FrozenFeatures, *where: Any) -> Any:
+        nonlocal most
+        found = shard(self, *where)
+        most = max(most, len(self.shards))
+        return found
+
+    monkeypatch.setattr(features, "SHARD", 8)
+    monkeypatch.setattr(features.FrozenFeatures, "_shard", counted)
+    other = shutil.copytree(own_set, tmp_path / "set", ignore=shutil.ignore_patterns("features"))
+    run_here(other, tmp_path / "run", *FLAGS, "--cache-features", "4")
+    assert most == -(-42 // 8) + -(-10 // 8)
+    eps = float(np.finfo(np.float16).eps)
+    for mine, theirs in zip(events(tmp_path / "run", "epoch"), events(kept, "epoch"), strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert mine[key] == pytest.approx(theirs[key], rel=eps * mine["step"])
+
+    def by_draws(path: Path) -> dict[frozenset[str], Path]:
+        return {
+            frozenset(file.name.split("-")[0] for file in folder.iterdir()): folder
+            for folder in path.glob("features/*")
+        }
+
+    expected, made = by_draws(own_set), by_draws(other)
+    assert made.keys() == expected.keys()
+    for draws, folder in made.items():
+        for draw in draws:
+            parts = np.concatenate([np.load(file) for file in sorted(folder.glob(f"{draw}-*"))])
+            whole = np.load(expected[draws] / f"{draw}-0.npy")
+            assert np.allclose(parts, whole, rtol=2 * eps, atol=1e-6)
+
+
+def test_features_are_decoded_as_the_flag_says(tiny_set: Path) -> None:
+    for decode, made in (("auto", "cpu"), ("cpu", "cpu"), ("raw", "raw")):
+        assert streamed_decode(decode, torch.device("cpu")) == made
+    assert streamed_decode("device", torch.device("cuda")) == "gpu"
+    assert streamed_decode("cpu", torch.device("cuda")) == "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
     [
         ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu", **RECIPE}),
         ("lstm", torch.bfloat16, {"decode": "raw"}),
+        ("baseline", torch.bfloat16, {"decode": "cpu", "cache_features": 1}),
         pytest.param("baseline", torch.bfloat16, {"decode": "device"}, id="executed"),
     ],
 )
@@ -55,8 +57,9 @@ def test_replays_train_as_plain_steps(
 ) -> None:
     """Images of the epoch that the rehearsal used up, or a state that it left, would show here."""
     given = {"network": network, "amp": amp, **settings}
-    plain, _ = trained(tmp_path / "plain", tiny_set, **given)
-    replayed, session = trained(tmp_path / "replayed", tiny_set, cuda_graph="on", **given)
+    data = shutil.copytree(tiny_set, tmp_path / "set")  # beside which features are kept
+    plain, _ = trained(tmp_path / "plain", data, **given)
+    replayed, session = trained(tmp_path / "replayed", data, cuda_graph="on", **given)
     for mine, theirs in zip(replayed, plain, strict=True):
         different = [name for name in theirs if not torch.equal(mine[name], theirs[name])]
         assert not different
@@ -178,6 +181,19 @@ def test_a_stopped_run_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> N
                 made.save()
         ends.append({name: tensor.cpu() for name, tensor in made.network.state_dict().items()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_on_kept_features_continues_after_its_last_step(tiny_set: Path, tmp_path: Path) -> None:
+    """It has to be validated still. The next epoch's draw, with which a capture would begin, is in no file."""
+    data = shutil.copytree(tiny_set, tmp_path / "set")
+    given: dict[str, Any] = {"cuda_graph": "on", "decode": "cpu", "cache_features": 3}
+    for _ in range(2):
+        with tiny_trainer("baseline", "cuda", torch.float16, data, tmp_path / "run", **given) as made:
+            assert made.begin_phase() and made.running
+            assert (made.running.graph is None) == (made.state.step > 0)
+            while made.state.step < made.inputs.steps_per_epoch:
+                made.train_step()
+            made.save()
 
 
 def test_no_gradient_outlives_a_replay(tiny_set: Path, tmp_path: Path) -> None:
