@@ -57,10 +57,11 @@ def main(argv: Sequence[str]) -> None:
             else:
                 run_dir = train(run, experiment, seed, folder, data, given)
                 rows.append(row(args.experiment, run, seed, run_dir, data))
+            write(args.experiment, rows)  # after each, as a run may take hours
         for members in experiment.averages:
             runs = [str(folder / f"{name}-{seed}") for name in members]
             rows.append(average(args.experiment, members, seed, runs, data))
-        write(args.experiment, rows)  # after each seed, as a seed may take hours
+            write(args.experiment, rows)
     print(table(rows))
     if experiment.curves:
         names = [run.name for run in experiment.runs if not run.trained]
@@ -197,7 +198,7 @@ def hours(epochs: Sequence[EpochEvent], batch_size: int) -> float:
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     path = harness.results_dir() / f"accuracy-{name}.csv"
     harness.write_csv(path, rows)
-    print(path, flush=True)
+    print(f"{path}: {len(rows)} rows", flush=True)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
