@@ -64,9 +64,9 @@ class SettingsParser(Parser):
             "preset",
             nargs="?",
             metavar="PRESET",
-            help="the settings that no flag gives: paper (ResNet-18 from ImageNet weights at 224 px), fast (the same "
-            "at 128 px in fewer epochs) or sample (64 px from random weights, minutes on a CPU); default: sample "
-            "for the generated sample set, else paper",
+            help="the settings that no flag gives: paper (ResNet-18 from ImageNet weights at 224 px), fast (128 px, "
+            "fewer epochs, and what helps by docs/recipe.md) or sample (64 px from random weights, minutes on a CPU); "
+            "default: sample for the generated sample set, else paper",
         )
         self.add_argument(
             "--config",

@@ -132,7 +132,7 @@ def test_wrong_values_are_named(argv: list[str], message: str) -> None:
         (["sample", "--help"], {"--network": "baseline", "--lr": "0.05", "--head-epochs": "0"}),
         (["-h", "--network", "lstm", "sample"], {"--network": "lstm", "--lr": "0.05", "--head-epochs": "3"}),
         (["--help", "--network", "linear"], {"--network": "linear", "--head-epochs": "20", "--plateau": "3"}),
-        (["fast", "--help"], {"--batch-size": "512", "--image-size": "128"}),
+        (["fast", "--help"], {"--batch-size": "512", "--image-size": "128", "--layer-decay": "0.7"}),
     ],
     ids=["nothing named", "a preset", "preset and network", "a network", "fast"],
 )

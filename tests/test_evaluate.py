@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastnet import evaluate
+from fastnet.data.prepared import open_set
 from fastnet.errors import InputError
 
 
@@ -27,6 +29,21 @@ def test_evaluate_repeats_what_training_measured(tiny_set: Path, runs: list[Path
         assert result["correct1"] == round(10 * recorded["val_top1"])
         # Both round logits below 2^5 and their exponentials to 24 bits, and sum them in another order.
         assert result["loss"] == pytest.approx(recorded["val_loss"], abs=8 * 2**5 * 2**-24)
+
+
+def test_the_checkpoint_is_the_one_that_is_named(tiny_set: Path, runs: list[Path], tmp_path: Path) -> None:
+    """After one epoch both are the same, so one is changed: it gives every image the first class."""
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    content = torch.load(run / "best.pt", weights_only=True)
+    content["model"]["classifier.bias"] = torch.tensor([100.0, 0.0, 0.0])
+    torch.save(content, run / "best.pt")
+    first = (open_set(tiny_set).splits["val"].labels == 0).mean()
+    losses = {}
+    for which in ("best", "last"):
+        result = evaluate.main([str(run), "--data", str(tiny_set), "--checkpoint", which])
+        losses[which] = result["loss"]
+        assert which == "last" or result["top1"] == pytest.approx(first)
+    assert losses["best"] > 10 + losses["last"]
 
 
 @pytest.mark.slow
