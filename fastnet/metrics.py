@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks, up to 2^24
-# images of the largest loss that counts as finite.
-LOSS_UNIT, LARGEST_LOSS = 2.0**-24, 2.0**15
+# Losses are summed as integers of this unit: such sums are exact, in any order and over any number of ranks, up to 2^39
+# nats. A training that runs away soon has larger ones, of which each counts as not finite. The first epochs of one that
+# does not can have single val losses of a million, where batch norms still have the statistics of other weights.
+LOSS_UNIT, LARGEST_LOSS = 2.0**-24, 2.0**30
 
 
 class Totals(NamedTuple):

@@ -84,5 +84,5 @@ def test_a_run_is_evaluated_in_another_way_than_it_was_trained(
 
     both = ensemble.main([*map(str, runs), "--data", str(tiny_set), "--eval-crop", "0.5", "--flip-average"])
     assert both["runs"]["baseline"]["loss"] == pytest.approx(loss(other), rel=1e-6)
-    with pytest.raises(InputError, match=r"--eval-crop 2.0: must lie between 0 and 1"):
+    with pytest.raises(InputError, match=r"--eval-crop 2.0: must lie between 0.01 and 1"):
         predict.main([str(plain), "--data", str(tiny_set), "--out", str(tmp_path / "x"), "--eval-crop", "2"])
