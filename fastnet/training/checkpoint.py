@@ -97,9 +97,8 @@ def save(path: Path, content: dict[str, Any], *, best: bool, lock: RunLock | Non
         with beside.open("wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # here, so that nothing slow is between the look at the lock and the renaming
+            # Here, too, so that nothing slow comes between the look at the lock and the renaming.
+            os.fsync(file.fileno())
         if lock is not None:
             lock.check()
         if best:

@@ -153,10 +153,10 @@ class Trainer:
         batches, self.val_stream = self.inputs.open(self.phase, self.state)
         parts = (self.network, self.evaluated.moving, batches, self.counter, begun, self.run_dir / "last.pt")
         self.running = RunningPhase(self.phase, config, self.runtime, *parts)
-        ended = self.state.phase_epoch + 1 == self.phase.epochs and (
-            self.state.step_in_epoch == self.inputs.steps_per_epoch
-        )  # but not validated; there may be no images after it to rehearse with
-        if self.graphs != "off" and not ended:
+        in_last_epoch = self.state.phase_epoch + 1 == self.phase.epochs
+        # After the phase's last step, which is still to be validated, there may be no images to rehearse with.
+        trained = in_last_epoch and self.state.step_in_epoch == self.inputs.steps_per_epoch
+        if self.graphs != "off" and not trained:
             outcome = self.running.capture()
             self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
             self.note(**{f"cuda_graph_{self.phase.name}": outcome})

@@ -277,7 +277,7 @@ def test_files_of_few_images(
             assert np.allclose(parts, whole, rtol=2 * eps, atol=1e-6)
 
 
-def test_features_are_decoded_as_the_flag_says(tiny_set: Path) -> None:
+def test_features_are_decoded_as_the_flag_says() -> None:
     for decode, made in (("auto", "cpu"), ("cpu", "cpu"), ("raw", "raw")):
         assert streamed_decode(decode, torch.device("cpu")) == made
     assert streamed_decode("device", torch.device("cuda")) == "gpu"
