@@ -104,7 +104,7 @@ VARIANTS = Experiment(
 )
 
 ABLATION = Experiment(
-    "one switch at a time, on 25 classes at 64 px from ImageNet weights of conv1 to conv4",
+    "each switch alone and those of `fast` together, on 25 classes at 64 px from ImageNet weights of conv1 to conv4",
     f"paper {SMALL} {PARTIAL} --epochs 5 --lr 0.04",
     (
         Run("plain", ""),
@@ -117,6 +117,7 @@ ABLATION = Experiment(
         Run("mixup", "--mixup 0.2"),
         Run("cutmix", "--cutmix 1"),
         Run("start-size", "--start-size 32"),
+        Run("together", "--layer-decay 0.7 --clip-grad 1 --flip-average --eval-crop 0.875"),
     ),
     seeds=3,
     classes=25,
