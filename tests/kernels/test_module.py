@@ -110,3 +110,4 @@ def test_clear_errors() -> None:
 def test_more_hidden_units_than_the_kernels_take() -> None:
     with pytest.raises(RuntimeError, match="1025 hidden units, the kernels take up to 1024"):
         op.choose("triton", torch.device("cuda"), torch.float16, 1025)
+    assert op.choose("auto", torch.device("cuda"), torch.float16, 1025) == "torch"

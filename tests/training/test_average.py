@@ -15,6 +15,7 @@ from fastnet.data.default import default_set
 from fastnet.input.graph import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.network.network import Network
+from fastnet.network.weights import load_backbone
 from fastnet.training.checkpoint import load
 from tests.support.runs import assert_equal, assert_same_end, events
 from tests.support.tiny import run_here, run_ranks
@@ -77,7 +78,8 @@ def test_batch_norms_are_those_of_pytorch(whole: Path, tiny_set: Path) -> None:
     stream.close()
     found = network.state_dict()
     for name, tensor in average(whole).items():
-        torch.testing.assert_close(tensor, found[name], rtol=1e-5, atol=0, msg=name)
+        # Two products and a sum for each batch.
+        torch.testing.assert_close(tensor, found[name], rtol=3 * STEPS * EPS, atol=0, msg=name)
 
 
 def test_it_is_what_is_evaluated_and_leaves_training_alone(
@@ -112,21 +114,11 @@ def test_frozen_batch_norms_keep_theirs_and_others_see_kept_features(
         assert (tensor - found[0][name]).norm() <= STEPS * 2**-11 * tensor.norm(), name
 
 
-def test_a_moving_average_is_validated_on_kept_features(tiny_set: Path, tmp_path: Path) -> None:
-    own = shutil.copytree(tiny_set, tmp_path / "set")
-    flags = [
-        "--network",
-        "baseline",
-        "--head-epochs",
-        "1",
-        "--epochs",
-        "0",
-        "--ema",
-        "0.9",
-        "--cache-features",
-        "1",
-    ]
-    assert run_here(own, tmp_path / "run", *flags)["done"]
+def test_another_run_starts_from_it(whole: Path) -> None:
+    network = Network(load(whole / "last.pt").config, 3)
+    load_backbone(network, 18, str(whole / "last.pt"), partial=False)
+    expected, found = average(whole), network.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in found if name.startswith("backbone."))
 
 
 @pytest.mark.long

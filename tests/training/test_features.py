@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ import pytest
 import torch
 
 from fastnet import evaluate
+from fastnet.config import Augment, Config
+from fastnet.data.default import default_set
+from fastnet.data.holdout import divide
+from fastnet.distributed.ranks import Runtime
 from fastnet.files import STALE
+from fastnet.network.network import Network
 from fastnet.training import features
 from fastnet.training.checkpoint import load
 from fastnet.training.placement import streamed_decode
@@ -81,13 +88,35 @@ def test_a_stopped_run_continues_to_the_bit(kept: Path, own_set: Path, tmp_path:
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
 
 
+WRITING = """
+import sys
+from fastnet import train
+from fastnet.training import features
+
+write = features.FrozenFeatures._write
+
+def told(self, path, *rest):
+    print("writes", path.name, file=sys.stderr)
+    write(self, path, *rest)
+
+features.FrozenFeatures._write = told
+train.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -> None:
     other = tmp_path / "set"
     shutil.copytree(own_set, other, ignore=shutil.ignore_patterns("features"))
-    done = run_ranks(2, other, tmp_path / "run", *FLAGS, "--cache-features", "2", "--max-steps", "6")
-    assert done.returncode == 0, done.stderr
+    flags = [*TINY, *FLAGS, "--data", str(other), "--run-dir", str(tmp_path / "run")]
+    flags += ["--cache-features", "2", "--max-steps", "6"]
+    ranks = start_ranks([[sys.executable, "-c", WRITING, *flags]] * 2)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    written = [re.findall("^writes (.*)$", lines, re.MULTILINE) for lines in said]
+    assert written == [["0-0.npy", "val-0.npy"], ["1-0.npy"]]
     for file in other.glob("features/*/*.npy"):
         mine, theirs = np.load(file), np.load(own_set / file.relative_to(other))
         assert np.allclose(mine, theirs, rtol=2 * np.finfo(np.float16).eps, atol=1e-6)
@@ -138,19 +167,24 @@ def test_stages_frozen_after_they_trained(tiny_set: Path, tmp_path: Path) -> Non
     assert validated["val_loss"] == pytest.approx(scores["loss"], rel=eps)
 
 
-def test_a_linear_layer_reads_kept_features(tiny_set: Path, tmp_path: Path) -> None:
-    """A head phase on conv4 is the one on images, up to the rounding that the LSTMs' test allows."""
+@pytest.mark.parametrize("validated", ["features", "images"])
+def test_a_linear_layer_reads_kept_features(validated: str, tiny_set: Path, tmp_path: Path) -> None:
+    """A head phase on conv4 is the one on images, up to the rounding that the LSTMs' test allows. With --flip-average,
+    it validates on images."""
     own = shutil.copytree(tiny_set, tmp_path / "set")
     flags = ["--network", "linear", "--stages", "conv4", "--epochs", "0", "--log-every", "1"]
+    flags += ["--flip-average"] if validated == "images" else []
     for name, draws in (("images", "0"), ("kept", "2")):
         run_here(own, tmp_path / name, *flags, "--cache-features", draws)
     eps = torch.finfo(torch.float16).eps
-    mine, theirs = events(tmp_path / "kept", "step"), events(tmp_path / "images", "step")
-    assert len(mine) == 10
-    for kept, plain in zip(mine, theirs, strict=True):
-        assert kept["train_loss"] == pytest.approx(plain["train_loss"], rel=eps * kept["step"])
+    for kind, loss in (("step", "train_loss"), ("epoch", "val_loss")):
+        mine, theirs = events(tmp_path / "kept", kind), events(tmp_path / "images", kind)
+        assert len(mine) == {"step": 10, "epoch": 2}[kind]
+        for kept, plain in zip(mine, theirs, strict=True):
+            assert kept[loss] == pytest.approx(plain[loss], rel=eps * kept["step"])
     # 256 channels of 2x2 positions, of 42 images.
     assert np.load(next(own.glob("features/*/0-0.npy"))).size == 42 * 1024
+    assert bool(list(own.glob("features/*/val-0.npy"))) == (validated == "features")
 
 
 @pytest.mark.slow
@@ -275,6 +309,41 @@ def test_files_of_few_images(
             parts = np.concatenate([np.load(file) for file in sorted(folder.glob(f"{draw}-*"))])
             whole = np.load(expected[draws] / f"{draw}-0.npy")
             assert np.allclose(parts, whole, rtol=2 * eps, atol=1e-6)
+
+
+def test_whatever_changes_the_numbers_changes_the_folder(tiny_set: Path) -> None:
+    """Else a run would train on the features of another one."""
+    data, cpu = default_set(tiny_set), torch.device("cpu")
+    first = Config(image_size=32, weights="none", cache_features=1)
+
+    def folder(config: Config = first, frozen: str = "conv4", runtime: Runtime = Runtime(cpu)) -> Path:  # noqa: B008
+        torch.manual_seed(0)
+        network = Network(config, 3)
+        network.freeze(frozen)
+        division = divide(data, config.holdout)
+        return features.FrozenFeatures(config, data, division, network, runtime, [0]).folder
+
+    changes: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"image_size": 64},
+        {"eval_crop": 0.875},
+        {"holdout": 0.25},
+        {"decode": "raw"},
+        {"depth": 34},
+        {"stem": "small"},
+        *({"augment": augment} for augment in (Augment(min_crop=0.5), Augment(flip=0.0), Augment("jitter"))),
+    ]
+    found = [folder(), folder(frozen="conv3"), folder(runtime=Runtime(cpu, amp=torch.bfloat16))]
+    found += [folder(replace(first, **change)) for change in changes]
+    assert len(set(found)) == len(found)
+    assert found[0] == folder(replace(first, batch_size=8, lr=0.5, cache_features=3, epochs=2))
+
+    network = Network(first, 3)
+    network.freeze("conv4")
+    parts = (first, data, divide(data, 0.0), network, Runtime(cpu), [0])
+    before = features.FrozenFeatures(*parts).folder
+    network.backbone.get_buffer("layer3.1.bn2.running_mean").add_(1e-6)
+    assert features.FrozenFeatures(*parts).folder != before
 
 
 def test_features_are_decoded_as_the_flag_says() -> None:

@@ -55,3 +55,12 @@ def test_images_grow_over_two_thirds_of_the_epochs() -> None:
     config = Config(start_size=160, head_epochs=2)
     assert [phase.sizes for phase in phases.plan(config)] == [(224,), (160, 192, 224)]
     assert phases.plan(Config())[0].sizes == (224,)
+
+
+def test_the_averaged_epochs_are_the_last_ones_of_the_last_phase() -> None:
+    plan = phases.plan(Config(network="linear", head_epochs=3, epochs=3))
+    found = [
+        [phases.averaged_before(plan, TrainState(phase=phase, phase_epoch=epoch), 2) for epoch in range(3)]
+        for phase in range(2)
+    ]
+    assert found == [[-1, -1, -1], [-1, 0, 1]]

@@ -29,25 +29,6 @@ def trainer(data: Path, run: Path, **settings: Any) -> Trainer:
     return Trainer(config, default_set(data), run, Runtime(torch.device("cpu")))
 
 
-def test_the_moving_average_is_the_sum_it_is_defined_by(tiny_set: Path, tmp_path: Path) -> None:
-    decay, steps = 0.5, 4
-    made = trainer(tiny_set, tmp_path / "run", ema=decay)
-    made.resume()
-    name = "classifier.weight"
-    expected = made.network.state_dict()[name].clone().double()
-    with made.resources():
-        made.begin_phase()
-        for step in range(steps):
-            made.train_step()
-            share = 1 - min(decay, (1 + step) / (10 + step))
-            expected += share * (made.network.state_dict()[name].double() - expected)
-    assert made.evaluated.average is not None
-    average = made.evaluated.average.network.state_dict()[name].double()
-    # A difference, a product and a sum a step, each rounded once.
-    eps = torch.finfo(torch.float32).eps
-    assert (average - expected).norm() <= 3 * steps * eps * expected.norm()
-
-
 @pytest.mark.slow
 def test_a_run_with_every_switch_continues_to_the_bit(tiny_set: Path, tmp_path: Path) -> None:
     """The average is what is validated and what later commands use. With a holdout, val is seen once, at the end."""
@@ -87,7 +68,7 @@ def test_a_run_with_every_switch_continues_to_the_bit(tiny_set: Path, tmp_path: 
 
 def test_clipping_bounds_the_step(tiny_set: Path, tmp_path: Path) -> None:
     """Without momentum and weight decay a step moves the weights by the rate times the gradient's norm."""
-    limit, moved = 1e-3, {}
+    limit, moved = 0.1, {}
     for clip in (0.0, limit):
         plain = {"momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0, "clip_grad": clip}
         made = trainer(tiny_set, tmp_path / str(clip), **plain)
@@ -100,8 +81,10 @@ def test_clipping_bounds_the_step(tiny_set: Path, tmp_path: Path) -> None:
             moved[clip] = torch.cat([(a - b).flatten() for a, b in zip(now, before, strict=True)]).norm()
     rate = sample("baseline").lr
     assert moved[0.0] > 10 * rate * limit
-    # Each weight is rounded to float32 once more when the step is taken: the step is small beside it.
-    assert moved[limit].item() == pytest.approx(rate * limit, rel=1e-2)
+    # Each weight is rounded once more when the step is taken.
+    rounding = torch.finfo(torch.float32).eps * torch.cat([p.flatten() for p in before]).norm()
+    assert rounding < rate * limit / 100
+    assert moved[limit].item() == pytest.approx(rate * limit, abs=rounding.item())
 
 
 def test_rates_fall_from_the_head_to_the_first_convolution() -> None:

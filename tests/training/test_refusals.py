@@ -35,6 +35,10 @@ from tests.support.tiny import TINY, refused, run_here
             "lower --head-lr 1e+30, or lengthen --warmup",
         ),
         (["--head-epochs", "0", "--lr", "1e30", "--warmup", "0"], "lower --lr 1e+30, or lengthen --warmup"),
+        (
+            ["--head-epochs", "0", "--lr", "1e39", "--warmup", "0", "--checkpoint-every", "1"],
+            "weights are not finite",
+        ),
     ],
     ids=lambda value: value[-2].strip("-") if len(value) > 1 and isinstance(value, list) else "",
 )
@@ -53,11 +57,15 @@ def test_bad_input_is_one_line(
 def test_bad_run_directories_are_named(
     whole: Path,
     tiny_set: Path,
+    set_without_test_split: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = [*TINY, "--data", tiny_set, "--run-dir"]
+    assert f"{whole}: this run was trained on other data; give the same --data" in refused(
+        capsys, monkeypatch, *TINY, "--data", set_without_test_split, "--run-dir", whole
+    )
     assert "started with --network lstm and not baseline" in refused(
         capsys, monkeypatch, *given, whole, "--network", "baseline"
     )

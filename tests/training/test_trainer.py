@@ -8,15 +8,21 @@ import random
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastnet import evaluate
+from fastnet.config import sample
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.metrics import Totals
 from fastnet.training.checkpoint import load
 from fastnet.training.manifest import read_manifest
+from fastnet.training.trainer import Trainer
 from tests.support.runs import TIMES, assert_same_end, events, wait_for_step
 from tests.support.tiny import STEPS, command, kill_again_and_again, run_here
 
@@ -126,24 +132,40 @@ def test_label_smoothing_trains_and_is_not_in_the_recorded_loss(tiny_set: Path, 
     assert not torch.equal(load(plain / "last.pt").model[name], load(smooth / "last.pt").model[name])
 
 
-@pytest.mark.slow
-def test_lstms_beyond_the_kernels_limit_train_with_torch(tiny_set: Path, tmp_path: Path) -> None:
-    """conv2 at 160 px: 1600 hidden units."""
-    flags = [
-        "--image-size",
-        "160",
-        "--stages",
-        "conv2",
-        "--head-epochs",
-        "1",
-        "--epochs",
-        "0",
-        "--batch-size",
-        "2",
-        "--max-steps",
-        "1",
-    ]
-    assert run_here(tiny_set, tmp_path / "run", *flags)["step"] == 1
+def test_a_step_line_is_of_the_steps_since_the_line_before(
+    whole: Path, tiny_set: Path, tmp_path: Path
+) -> None:
+    """Or since the epoch began. Sums of losses are exact, and batches of eight divide them exactly."""
+    run_here(tiny_set, tmp_path / "run", "--max-steps", "6", "--log-every", "1")
+    each = [event["train_loss"] for event in events(tmp_path / "run", "step")]
+    two, four, six = (event["train_loss"] for event in events(whole, "step")[:3])
+    assert [two, four] == [sum(each[:2]) / 2, sum(each[2:4]) / 2]
+    assert six == each[5]  # an epoch has five steps
+
+
+def test_best_is_the_first_epoch_with_the_highest_top1(tiny_set: Path, tmp_path: Path) -> None:
+    config = replace(sample("baseline"), image_size=32, batch_size=14, epochs=4)
+    made = Trainer(config, default_set(tiny_set), tmp_path / "run", Runtime(torch.device("cpu")))
+    made.resume()
+    with made.resources():
+        for hits in (2, 5, 5, 3):
+            made.begin_phase()
+            made.train_epoch()
+            made.end_epoch(made.epoch_record(), Totals(images=10, correct1=hits))
+    saved = {name: load(tmp_path / "run" / name).position for name in ("best.pt", "last.pt")}
+    assert (saved["best.pt"].step, saved["last.pt"].step, saved["last.pt"].best_top1) == (6, 12, 0.5)
+
+
+def test_a_checkpoint_after_five_minutes(tiny_set: Path, tmp_path: Path) -> None:
+    """The default, besides those at the ends of epochs."""
+    config = replace(sample("baseline"), image_size=32, batch_size=14, epochs=1)
+    made = Trainer(config, default_set(tiny_set), tmp_path / "run", Runtime(torch.device("cpu")))
+    made.resume()
+    with made.resources():
+        made.begin_phase()
+        made.schedule.last -= 300
+        made.train_epoch()
+    assert made.state.step == 3 and load(tmp_path / "run" / "last.pt").position.step == 1
 
 
 @pytest.mark.gpu

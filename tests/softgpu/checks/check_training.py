@@ -13,6 +13,7 @@ from torch import Tensor
 import softgpu
 from fastnet.config import Augment
 from fastnet.metrics import Totals
+from fastnet.training.ema import Average
 from fastnet.training.step import set_learning_rate
 from softgpu import forms
 from tests.softgpu.trainers import begin, tiny_trainer
@@ -154,3 +155,36 @@ def test_an_overflowing_step_is_skipped(tiny_set: Path, tmp_path: Path) -> None:
         assert not seen.waits and running.scaler.get_scale() == TOO_LARGE / 2
         assert all(map(torch.equal, before, trainer.network.parameters()))
         assert not any(state["momentum_buffer"].any() for state in running.optimizer.state.values())
+
+
+def test_gradients_are_clipped_at_their_own_size(tiny_set: Path, tmp_path: Path) -> None:
+    """And not at that of the loss scale, in fp16: a step moves the weights by the rate times the limit."""
+    limit = 0.1
+    plain = {"momentum": 0.0, "weight_decay": 0.0, "clip_grad": limit}
+    with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path, **plain) as trainer:
+        running = begin(trainer, 1)
+        running.scaler.load_state_dict({**running.scaler.state_dict(), "scale": SCALE})
+        before = [p.detach().clone() for p in trainer.network.parameters()]
+        trainer.train_step()
+        moved = math.hypot(
+            *((p - was).norm().item() for p, was in zip(trainer.network.parameters(), before, strict=True))
+        )
+    # Each weight is rounded once more when the step is taken.
+    rounding = torch.finfo(torch.float32).eps * math.hypot(*(was.norm().item() for was in before))
+    step = trainer.config.lr * limit
+    assert rounding < step / 100 and moved == pytest.approx(step, abs=rounding)
+
+
+def test_an_average_moves_as_on_the_cpu(tiny_set: Path, tmp_path: Path) -> None:
+    """To a quarter of the way, but for a few roundings."""
+    moved = []
+    for device in ("cpu", "cuda"):
+        with tiny_trainer("baseline", device, None, tiny_set, tmp_path) as trainer:
+            average = Average(trainer.network)
+            with torch.no_grad():
+                trainer.network.classifier.weight.mul_(2)
+                trainer.network.backbone.get_buffer("bn1.running_mean").add_(1)
+            average.move(0.25)
+            moved.append({name: tensor.cpu() for name, tensor in average.network.state_dict().items()})
+    for name, theirs in moved[0].items():
+        torch.testing.assert_close(moved[1][name], theirs, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
