@@ -199,13 +199,14 @@ def alternate(
     least: int = 3,
     most: int = 1000,
     warmup: int = 1,
-    before: Callable[[], object] = lambda: None,
+    before: Callable[[Candidate], object] = lambda candidate: None,
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
     Each candidate runs `warmup` times unmeasured. Then rounds of all of them follow until `seconds` are over, at least
     `least` and at most `most`; each round starts one candidate later in the order. `before` runs ahead of each
-    measurement and is not measured.
+    measurement of a candidate and is not measured; on a GPU its work is still under way when the candidate begins, so
+    that the first kernel does not wait for the host.
     """
     for candidate in candidates.values():
         for _ in range(warmup):
@@ -219,9 +220,9 @@ def alternate(
                 break
             turn = done % max(1, len(names))
             for name in names[turn:] + names[:turn]:
-                before()
                 if device.type == "cuda":
                     torch.cuda.synchronize()
+                before(candidates[name])
                 laps = Laps(device)
                 candidates[name](laps)
                 for lap, value in laps.milliseconds().items():
@@ -231,10 +232,21 @@ def alternate(
     return taken
 
 
-def l2_flush(device: torch.device) -> Callable[[], object]:
-    """Overwrites more than any L2 cache holds."""
+def flushed(device: torch.device) -> Callable[[Candidate], object]:
+    """For `alternate`: overwrites more than any L2 cache holds, ten times, which takes a millisecond."""
     buffer = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-    return buffer.zero_
+
+    def before(candidate: Candidate) -> None:
+        for _ in range(10):
+            buffer.zero_()
+
+    return before
+
+
+def warm(candidate: Candidate) -> None:
+    """For `alternate`: the candidate's own data are in the caches, and not those of the one before it."""
+    for _ in range(2):
+        candidate(Laps(torch.device("cpu")))
 
 
 class Captured:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, model
-from benchmarks.harness import Laps, Table
+from benchmarks.harness import Candidate, Laps, Table
 from benchmarks.lstm_providers import BASELINE, GPU_ONLY, Problem, Provider, providers
 from benchmarks.lstm_recurrent import recurrent_providers
 from fastnet.cli import run_command
@@ -176,9 +176,9 @@ def time_all(
 ) -> None:
     ready = {name: candidate(p, make(p)) for name, make in makes.items()}
     memory = {name: harness.peak_mb(run, p.device) for name, run in ready.items()}
-    settings: list[tuple[str, Callable[[], object]]] = [("", lambda: None)]
+    settings: list[tuple[str, Callable[[Candidate], object]]] = [("", lambda _: None)]
     if p.device.type == "cuda":
-        settings = [("warm", lambda: None), ("flushed", harness.l2_flush(p.device))]
+        settings = [("warm", harness.warm), ("flushed", harness.flushed(p.device))]
     for l2, before in settings:
         times = harness.alternate(ready, p.device, seconds=seconds, before=before)
         for name, laps in times.items():

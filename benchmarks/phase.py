@@ -16,8 +16,10 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.input.streams import Batch
 from fastnet.training.batches import Streamed
 from fastnet.training.capture import own_stream
+from fastnet.training.checkpoint import Writer
 from fastnet.training.evaluated import Evaluated
 from fastnet.training.inputs import Inputs
+from fastnet.training.placement import place, splits_read
 from fastnet.training.records import write_manifest
 from fastnet.training.setup import choices
 from fastnet.training.trainer import Trainer
@@ -58,7 +60,7 @@ def at_phase(
         trainer.network.to(runtime.device)
         trainer.evaluated = Evaluated(trainer.network, config)
         trainer.state.phase = [p.name for p in trainer.phases].index(phase)
-        chosen = choices(config, runtime)
+        chosen = choices(config, runtime) | place(config, splits_read(data, config.holdout), runtime)
         trainer.graphs = chosen["cuda_graph"]
         inputs: Any
         if stream is None:
@@ -68,6 +70,7 @@ def at_phase(
             inputs = OneStream(stream, runtime.device)
         trainer.inputs = inputs
         write_manifest(trainer.run_dir, config, data, chosen)
+        trainer.writer = stack.enter_context(Writer(trainer.run_dir / "last.pt", None))
         stack.enter_context(own_stream(runtime.device))
         stack.callback(trainer.close_phase)
         trainer.begin_phase()

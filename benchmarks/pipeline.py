@@ -11,6 +11,7 @@ Before a measurement a provider gives up the batches that it prepared meanwhile,
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,11 +36,14 @@ from fastnet.cli import run_command
 from fastnet.config import Augment
 from fastnet.data.default import default_set
 from fastnet.data.prepared import Split
+from fastnet.errors import InputError
 from fastnet.input.device import train_stream
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.graph import PREFETCH, InputSpec
 
 BASELINE = "DataLoader, PIL"
+QUEUED = 2  # batches a worker prepares ahead, as DataLoader does by default
+LOADERS = 3  # the most that are open at once
 KEYS = ("set", "image_size", "batch", "threads", "device", "quantity")
 PEERS = ("FFCV, JPEG", "FFCV, raw", "SPDL")
 Take = Callable[[], Any]  # gives the next batch
@@ -153,11 +157,19 @@ def loader(
 ) -> Opened:
     """torch's DataLoader with `threads` worker processes. It draws without end, so there is no gap between epochs."""
     images = make(source.folder, size)
+    # Float32 images travel through shared memory; a worker that finds none left is killed by a signal.
+    needed, there = QUEUED * threads * source.batch * 12 * size**2, shutil.disk_usage("/dev/shm").free
+    if LOADERS * needed > there:
+        raise InputError(
+            f"cannot run: {threads} workers need {needed / 2**30:.1f} GiB of a third of /dev/shm, which has "
+            f"{there / 2**30:.1f}; give the container more with --shm-size, or use fewer --threads"
+        )
     batches = DataLoader(
         images,
         source.batch,
         sampler=RandomSampler(images, replacement=True, num_samples=2**40),
         num_workers=threads,
+        prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
         worker_init_fn=_one_thread,
     )
@@ -240,8 +252,11 @@ def measure(
     with contextlib.ExitStack() as stack:
         ready: dict[str, harness.Candidate] = {}
         for name, opened in providers(device).items():
-            take = stack.enter_context(opened(source, size, threads, device))
-            problem = "" if opened is decode_only else check(take, source, size, device)
+            try:
+                take = stack.enter_context(opened(source, size, threads, device))
+                problem = "" if opened is decode_only else check(take, source, size, device)
+            except InputError as error:
+                problem = str(error)
             if problem:
                 table.note(case, name, problem)
             else:

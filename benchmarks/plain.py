@@ -10,36 +10,20 @@ from torch import Tensor, nn
 
 from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
-from fastnet.network.network import LAYERS, Network
+from fastnet.exporting.plain import plain_network, plain_state
+from fastnet.network.network import Network
 
 TF32_EPS = 2.0**-10  # its significand has 10 bits
 
 
-class Plain(nn.Module):
-    """`network` with its weights, written plainly."""
-
-    def __init__(self, network: Network, config: Config) -> None:
-        super().__init__()
-        self.backbone = copy.deepcopy(network.backbone).to(memory_format=torch.contiguous_format)
-        self.stages, self.seq_len = network.stages, config.seq_len
-        self.lstms = nn.ModuleList(network.lstm.to_lstms() if network.lstm else [])
-        self.classifier = copy.deepcopy(network.classifier)
-
-    def forward(self, x: Tensor) -> Tensor:
-        net = self.backbone
-        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        sequences = []
-        for stage, layer in LAYERS.items():
-            x = getattr(net, layer)(x)
-            if stage in self.stages:
-                sequences += x.flatten(2).split(self.seq_len, dim=1)  # [B, T, S] each
-        if not self.lstms:
-            return self.classifier(x.mean(dim=(2, 3)))
-        ends = [lstm(sequence)[1][0][0] for lstm, sequence in zip(self.lstms, sequences, strict=True)]
-        return self.classifier(torch.cat(ends, dim=1))
+def plain(network: Network, config: Config) -> nn.Module:
+    """torchvision's ResNet with the weights of `network`, and one nn.LSTM after the other, ready to train."""
+    made = plain_network(config, network.classifier.out_features)
+    made.load_state_dict(plain_state(network))
+    return made.requires_grad_(True).train().to(network.classifier.weight.device)
 
 
-def plain_step(model: Plain, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
     loss.backward()
@@ -53,7 +37,7 @@ def rounding(dtype: torch.dtype, device: torch.device) -> float:
     return torch.finfo(dtype).eps
 
 
-def difference(network: Network, plain: Plain, x: Tensor, runtime: Runtime) -> str:
+def difference(network: Network, plain: nn.Module, x: Tensor, runtime: Runtime) -> str:
     """Compares the logits of both with those of `network` in float64: "" where they are within one rounding a layer,
     else what is off.
     """

@@ -34,8 +34,8 @@ from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.host import host_costs
 from benchmarks.phase import Resident, at_phase
-from benchmarks.pipeline import Source, loader, pil_dataset
-from benchmarks.plain import Plain, difference, plain_step
+from benchmarks.pipeline import QUEUED, Source, loader, pil_dataset
+from benchmarks.plain import difference, plain, plain_step
 from benchmarks.step_peers import Step, peers
 from benchmarks.trace import Trace, shares_of, traced
 from fastnet import train
@@ -46,11 +46,13 @@ from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, single_process
+from fastnet.errors import InputError
 from fastnet.input.device import DeviceTrainStream
 from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
 from fastnet.network.network import Network
 from fastnet.training.features import FeatureTrainStream, FrozenFeatures
+from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
 KEPT, KEPT_BATCHES = "fastnet, kept features", 16
@@ -94,8 +96,8 @@ def measure(
         trainer = stack.enter_context(at_phase(config, phase, data, runtime))
         kept = one_batch(config, data, runtime)
         limit = stack.enter_context(at_phase(config, phase, data, runtime, kept))
-        plain = Plain(trainer.network, config).to(runtime.device)
-        problem = difference(trainer.network, plain, kept.batch.x, runtime)
+        written = plain(trainer.network, config)
+        problem = difference(trainer.network, written, kept.batch.x, runtime)
         if problem:
             table.note(case, EPOCH, problem)
             return
@@ -105,26 +107,31 @@ def measure(
             EPOCH: in_turn(trainer.train_step, lambda: next(stream), ahead, steps),
             LIMIT: in_turn(limit.train_step, lambda: None, 0, steps),
         }
+        trainers = {EPOCH: trainer, LIMIT: limit}
         if phase == "head":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
             features = KeptFeatures(config, data, runtime, folder, threads)
-            on_features = stack.enter_context(at_phase(config, phase, data, runtime, features))
-            ready[KEPT] = in_turn(on_features.train_step, lambda: None, 0, steps)
+            trainers[KEPT] = stack.enter_context(at_phase(config, phase, data, runtime, features))
+            ready[KEPT] = in_turn(trainers[KEPT].train_step, lambda: None, 0, steps)
+        others: dict[str, tuple[Callable, Callable[[int, torch.device], Step]]] = {}
         if phase == "full":
-            optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-            batches = stack.enter_context(
-                loader(source, size, threads, runtime.device, make=pil_dataset, labels=True)
-            )
-            work = lambda: plain_step(plain, optimizer, *batches())
-            ready[PLAIN] = in_turn(work, batches, 2 * threads, steps)
+            optimizer = torch.optim.SGD(written.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+            others[PLAIN] = pil_dataset, lambda *_: partial(plain_step, written, optimizer)
         if phase == "full" and case["network"] == "baseline":
-            for name, (images, made) in peers().items():
+            others |= peers()
+        for name, (images, made) in others.items():
+            try:
                 batches = stack.enter_context(
                     loader(source, size, threads, runtime.device, make=images, labels=True)
                 )
-                work = partial(_take_step, made(len(data.classes), runtime.device), batches)
-                ready[name] = in_turn(work, batches, 2 * threads, steps)
-        memory = {name: harness.peak_mb(run, runtime.device) for name, run in ready.items()}
+            except InputError as error:
+                table.note(case, name, str(error))
+                continue
+            work = partial(_take_step, made(len(data.classes), runtime.device), batches)
+            ready[name] = in_turn(work, batches, QUEUED * threads, steps)
+        # A replayed graph allocates nothing: of a trainer, it is its plain step's.
+        allocating = ready | {name: plain_steps(one) for name, one in trainers.items()}
+        memory = {name: harness.peak_mb(run, runtime.device) for name, run in allocating.items()}
         times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 3)
         for name, laps in times.items():
             rates = steps * batch * 1e3 / np.array(laps["steps"])
@@ -134,6 +141,16 @@ def measure(
         trace = Trace(traced(trainer.train_step, steps, runtime.device))
         for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])
+
+
+def plain_steps(trainer: Trainer) -> harness.Candidate:
+    """A step that is not replayed from a graph."""
+
+    def run(_: Laps) -> None:
+        assert trainer.running
+        trainer.running.plain()
+
+    return run
 
 
 def one_batch(config: Config, data: PreparedSet, runtime: Runtime) -> Resident:
@@ -198,12 +215,18 @@ def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> No
     cuda = torch.cuda.is_available()
     most = torch.cuda.device_count() if cuda else threads
     counts = [n for n in (1, 2, 4, 8) if n <= most]
+    steps = 6 if quick else 20
     size, share = (224, 256) if cuda else (64, 32)
+    # The steps lie in one epoch, however many ranks there are.
+    share = min(share, len(data.splits["train"]) // (steps * counts[-1]))
+    if share < 2:
+        print(f"weak scaling: not run: {counts[-1]} ranks need more than {len(data.splits['train'])} images")
+        return
     rates: dict[int, list[float]] = {n: [] for n in counts}
     print(f"weak scaling: lstm, {size} px, {share} images a rank")
     for _ in range(1 if quick else 2):
         for n in counts:
-            rates[n].append(trained_rate(data, n, size, share, steps=6 if quick else 20))
+            rates[n].append(trained_rate(data, n, size, share, steps=steps))
     device = "cuda" if cuda else "cpu"
     case = {
         "network": "lstm",
@@ -244,8 +267,8 @@ def cases(runtime: Runtime, *, quick: bool) -> Iterator[tuple[str, str, int, int
     """(network, phase, image size, batch)."""
     cuda = runtime.device.type == "cuda"
     sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 64}
-    if quick and not cuda:
-        sizes = {64: 16}
+    if quick:
+        sizes = {224: 256} if cuda else {64: 16}
     for size, batch in sizes.items():
         for network in ("baseline", "lstm"):
             for phase in ("head", "full"):
@@ -274,9 +297,11 @@ def main(argv: Sequence[str]) -> None:
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
             if args.quick:  # what ends it at a limit leaves the cases before
                 table.write()
+    paces(table)
     if runtime.device.type == "cuda":
         host_costs(table, data, runtime.device, quick=args.quick, threads=args.threads)
-    paces(table)
+    if args.quick:
+        table.write()
     scaling(table, data, quick=args.quick, threads=args.threads)
     harness.mark_ratios(table.rows, LIMIT, KEYS)
     table.write()

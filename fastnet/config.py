@@ -340,8 +340,8 @@ class Config:
         return self.accumulate
 
     def micro_batch(self, ranks: int) -> int:
-        """Images that each of so many ranks computes at once, at least 1."""
-        return max(1, self.batch_size // ranks // self.parts)
+        """The most images that one of so many ranks computes at once."""
+        return -(-self.batch_size // (ranks * self.parts))
 
     @property
     def profile_window(self) -> tuple[int, int] | None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from fastnet.config import STAGES, Config
-from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.memory import is_of_memory
 from fastnet.distributed.ranks import Runtime
@@ -31,7 +30,7 @@ from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import evaluate
 from fastnet.training.kernels import compile_kernels, turns
 from fastnet.training.phases import plan
-from fastnet.training.placement import image_dtype, place, splits_read
+from fastnet.training.placement import image_dtype, splits_read
 from fastnet.training.running import RunningPhase
 from fastnet.training.setup import fewest_images
 
@@ -52,8 +51,8 @@ def choose_parts(
     """What `--accumulate` means for a run: {"accumulate": parts}, and for auto why, as "accumulate_reason".
 
     A run that continues from `saved` takes the number it began with: batch norms see micro-batches, so with another
-    one it would be another run. `chosen` has the LSTMs' backend and whether there is a CUDA graph. Collective. Raises
-    PyTorch's error on a rank whose memory does not hold the smallest parts.
+    one it would be another run. `chosen` has the LSTMs' backend, where images are decoded, and whether there is a CUDA
+    graph. Collective. Raises PyTorch's error on a rank whose memory does not hold the smallest parts.
     """
     if config.accumulate != "auto":
         return {"accumulate": config.parts}
@@ -95,9 +94,7 @@ class Trial:
         self.backend, self.graphs = chosen["lstm_backend"], chosen["cuda_graph"] != "off"
         self.config = replace(config, batch_size=-(-config.batch_size // runtime.world_size), compile=False)
         self.phase = min(plan(config), key=lambda phase: ("none", *STAGES).index(phase.frozen))
-        division = divide(data, config.holdout)
-        splits = splits_read(data, division)
-        decode = place(config, splits, runtime)["decode"]
+        splits, decode = splits_read(data, config.holdout), chosen["decode"]
         self.dtype, self.classes = image_dtype(decode, runtime), len(data.classes)
         # What a run has beside its steps: the decoded set, the gradients as DistributedDataParallel sums them, and the
         # average of the weights that comes last.
@@ -111,7 +108,7 @@ class Trial:
         taken: int | None
         try:
             if self.backend == "triton":
-                compile_kernels(config, self.alone, self.backend, None)
+                compile_kernels(config, self.alone, self.backend, None, [config.micro_batch(ranks=1)])
             taken = self.beside + self.taken(lambda: self.train(config))
             if self.graphs:  # whose memory validation cannot use
                 size = config.micro_batch(ranks=1)

@@ -19,22 +19,21 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
 from fastnet.input.graph import InputSpec
-from fastnet.input.streams import EvalStream, TrainStream, check_batch_size
+from fastnet.input.streams import EvalStream, TrainStream, check_batch_size, part
 from fastnet.network.network import Network
 from fastnet.progress import track
 from fastnet.training.batches import Resident, Stream, Streamed
 from fastnet.training.features import FeatureEvalStream, FeatureTrainStream, FrozenFeatures
 from fastnet.training.phases import Phase, image_size
-from fastnet.training.placement import image_dtype, place, splits_read, streamed_decode
+from fastnet.training.placement import image_dtype, streamed_decode
 from fastnet.training.state import TrainState
 
 AGAIN = 200  # steps
 
 
 class Inputs:
-    """This rank's share of the images of a run. Adds to `chosen` where they are decoded.
-
-    Collective, before anything in it can fail on one rank alone. `waited` is told the seconds of each wait for data.
+    """This rank's share of the images of a run, decoded where `chosen` says. `waited` is told the seconds of each wait
+    for data.
     """
 
     def __init__(
@@ -50,8 +49,6 @@ class Inputs:
         self.division = divide(data, config.holdout)
         train, images = self.division.train, len(self.division.train_images)
         check_batch_size(train.name, images, config.batch_size, config.parts, runtime.world_size)
-        chosen["validation"] = "holdout" if config.holdout else "val"
-        chosen |= place(config, splits_read(data, self.division), runtime)
         dtype = image_dtype(chosen["decode"], runtime)
         self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
         self.steps_per_epoch = images // config.batch_size
@@ -63,6 +60,16 @@ class Inputs:
         self.images_spec: InputSpec | None = None
         self.batches: Streamed | Resident | None = None
         self.features: FrozenFeatures | None = None
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """Of this rank's micro-batches in training and validation."""
+        config, runtime = self.config, self.runtime
+        share = part(config.batch_size, runtime.rank, runtime.world_size)
+        trained = (part(share.stop - share.start, micro, config.parts) for micro in range(config.parts))
+        whole, rest = divmod(self.val.images, self.share)
+        validated = [self.share] * (whole > 0) + [rest] * (rest > 0)
+        return {micro.stop - micro.start for micro in trained}.union(validated)
 
     def open_val(self, split: Split, only: NDArray[np.int64] | None = None) -> EvalStream | DeviceEvalStream:
         """This rank's share of a split, as validation takes it."""

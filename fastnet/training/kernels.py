@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,21 +19,26 @@ from fastnet.training.placement import image_dtype
 from fastnet_kernels import Stage, warmup
 
 
-def prepare_kernels(config: Config, runtime: Runtime, backend: str, stream: Any) -> None:
-    """Compiles what the LSTMs of `backend` and `stream` launch. Of the ranks with one cache the first does it, and the
-    others read it there.
+def prepare_kernels(
+    config: Config, runtime: Runtime, backend: str, stream: Any, batch_sizes: Iterable[int]
+) -> None:
+    """Compiles what the LSTMs of `backend`, in this rank's `batch_sizes`, and `stream` launch. Of the ranks with one
+    cache the first does it, and the others read it there.
 
     Collective. Raises InputError where Triton cannot compile.
     """
     needed = backend == "triton" or isinstance(stream, DeviceTrainStream)
     if not needed or runtime.device.type != "cuda":
         return
+    # Kernels differ by how many tiles a batch has. On several ranks, one image settles DDP's buckets.
+    alone = {1} if runtime.world_size > 1 else set[int]()
+    sizes = sorted(alone.union(*runtime.gather(list(batch_sizes))))
     started = time.perf_counter()
     counts: Counter[str] = Counter()
     for mine in turns(runtime):
         with runtime.agree():
             if mine:
-                counts = compile_kernels(config, runtime, backend, stream)
+                counts = compile_kernels(config, runtime, backend, stream, sizes)
     runtime.say(
         f"Triton kernels: {counts['compiled']} compiled, {counts['found']} found in {warmup.cache_dir()}, "
         f"{time.perf_counter() - started:.1f} s"
@@ -46,16 +52,18 @@ def turns(runtime: Runtime) -> tuple[bool, bool]:
     return first, not first
 
 
-def compile_kernels(config: Config, runtime: Runtime, backend: str, stream: Any) -> Counter[str]:
+def compile_kernels(
+    config: Config, runtime: Runtime, backend: str, stream: Any, batch_sizes: Iterable[int]
+) -> Counter[str]:
     """On this rank alone. Counts the kernels that were compiled, and those found in the cache. Raises InputError."""
-    share = config.micro_batch(runtime.world_size)
     stages = [Stage(*stage) for stage in config.lstm_stages]
     dtype = runtime.amp or torch.float32
     try:
         with warmup.compiling() as counts:
             if backend == "triton":
                 deeper = any(phase.trains(config.read_stages[-1]) for phase in plan(config))
-                warmup.launch_lstms(stages, dtype, runtime.device, share, needs_dx=deeper)
+                for size in batch_sizes:
+                    warmup.launch_lstms(stages, dtype, runtime.device, size, needs_dx=deeper)
             if isinstance(stream, DeviceTrainStream):
                 for size in sorted({size for phase in plan(config) for size in phase.sizes}):
                     launch_kernel(size, image_dtype("device", runtime), runtime.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastnet.config import Config
-from fastnet.data.holdout import Division
+from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
@@ -19,8 +19,9 @@ from fastnet.input.graph import resolve_decode
 ASKED, AUTO = 0.75, 0.25
 
 
-def splits_read(data: PreparedSet, division: Division) -> list[Split]:
+def splits_read(data: PreparedSet, holdout: float) -> list[Split]:
     """The splits whose images a run decodes: with a holdout val too, at the end."""
+    division = divide(data, holdout)
     last = [] if division.val is data.splits["val"] else [data.splits["val"]]
     return [division.train, division.val, *last]
 
@@ -29,21 +30,23 @@ def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str
     """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}, and for auto on a GPU
     why, as "decode_reason".
 
-    Collective where auto has a choice: all ranks decode in the same place, and each asks its own GPU.
-    Raises InputError where --decode cannot be.
+    Collective: all ranks decode in the same place, and each asks its own GPU. Raises InputError where --decode cannot
+    be.
     """
-    device = runtime.device
-    if config.decode == "auto" and device.type == "cuda":
-        obstacle = runtime.first_of(_obstacle(config, splits, runtime, AUTO))
-        if obstacle:
-            return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}
-        return {"decode": "device", "decode_reason": f"the decoded set takes {_needed(splits, device)}"}
-    decode = resolve_decode(config.decode, device)
-    if decode == "device":
-        obstacle = _obstacle(config, splits, runtime, ASKED)
-        if obstacle:
+    device, obstacle = runtime.device, None
+    auto = config.decode == "auto" and device.type == "cuda"
+    with runtime.agree():
+        decode = "device" if auto else resolve_decode(config.decode, device)
+        if decode == "device":
+            obstacle = _obstacle(config, splits, runtime, AUTO if auto else ASKED)
+        if obstacle and not auto:
             raise InputError(f"--decode device: {obstacle}; use gpu, cpu, raw or auto")
-    return {"decode": decode}
+    if not auto:
+        return {"decode": decode}
+    obstacle = runtime.first_of(obstacle)
+    if obstacle:
+        return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}
+    return {"decode": "device", "decode_reason": f"the decoded set takes {_needed(splits, device)}"}
 
 
 def streamed_decode(decode: str, device: torch.device) -> str:

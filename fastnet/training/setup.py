@@ -1,4 +1,4 @@
-"""What a run trains with: everything that was "auto" resolved, and checked before the first step."""
+"""What a run trains with, checked before the first step: precision, threads, what computes the LSTMs, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
         "threads": config.threads or threads_per_rank(),
         "lstm_backend": lstm_backend(config, runtime.device, dtype),
         "cuda_graph": resolve_graph(config, runtime.device),
+        "validation": "holdout" if config.holdout else "val",
     }
 
 

@@ -33,6 +33,7 @@ from fastnet.training.kernels import prepare_kernels
 from fastnet.training.meter import Stopwatch
 from fastnet.training.parallel import share_weights
 from fastnet.training.phases import averaged_before, finish_epoch, image_size, learning_rate, plan
+from fastnet.training.placement import place, splits_read
 from fastnet.training.records import (
     Recorder,
     add_to_session,
@@ -157,6 +158,8 @@ class Trainer:
         # After the phase's last step, which is still to be validated, there may be no images to rehearse with.
         trained = in_last_epoch and self.state.step_in_epoch == self.inputs.steps_per_epoch
         if self.graphs != "off" and not trained:
+            # A save's pinned memory, freed while a graph is captured, would be marked with an event of the capture.
+            self.finish_save()
             outcome = self.running.capture()
             self.runtime.say(f"{self.phase.name}: CUDA graph {outcome}")
             self.note(**{f"cuda_graph_{self.phase.name}": outcome})
@@ -283,6 +286,8 @@ class Trainer:
         config, runtime, run_dir = self.config, self.runtime, self.run_dir
         with runtime.agree():
             chosen = choices(config, runtime)
+            splits = splits_read(self.data, config.holdout)
+        chosen |= place(config, splits, runtime)
         torch.set_num_threads(chosen["threads"])
         if runtime.device.type == "cpu":
             keep_freed_memory()
@@ -304,7 +309,8 @@ class Trainer:
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})
             runtime.say("uses: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
-            prepare_kernels(config, runtime, chosen["lstm_backend"], self.inputs.images)
+            backend, inputs = chosen["lstm_backend"], self.inputs
+            prepare_kernels(config, runtime, backend, inputs.images, inputs.batch_sizes)
             if self.saved:
                 self.say(f"continues after step {self.state.step}")
             with runtime.agree():
@@ -369,11 +375,14 @@ class Trainer:
     def finish(self) -> None:
         """Waits for the last save, looks at val where that is still to be done, and notes in the manifest how the
         session ended."""
-        with self.runtime.agree():
-            self.writer.finish()
+        self.finish_save()
         if self.state.done and self.config.holdout:
             self.look_at_val()
         self.note(to_step=self.state.step, done=self.state.done)
+
+    def finish_save(self) -> None:
+        with self.runtime.agree():
+            self.writer.finish()
 
     def note(self, **facts: Any) -> None:
         """Adds to what the manifest says of this session."""

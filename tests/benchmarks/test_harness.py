@@ -28,7 +28,7 @@ def test_turns_change_and_warmup_is_apart() -> None:
         return run
 
     runs = {name: called(name) for name in "ab"}
-    times = harness.alternate(runs, CPU, seconds=0, least=3, warmup=2, before=lambda: calls.append("."))
+    times = harness.alternate(runs, CPU, seconds=0, least=3, warmup=2, before=lambda _: calls.append("."))
     assert "".join(calls) == "aabb" + ".a.b" + ".b.a" + ".a.b"
     assert {name: len(laps["work"]) for name, laps in times.items()} == {"a": 3, "b": 3}
 

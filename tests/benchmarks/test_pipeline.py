@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import pipeline
+from benchmarks.harness import Table
 from fastnet.data.prepared import open_set
 from fastnet.input.streams import Batch
 
@@ -33,3 +36,18 @@ def test_a_loader_of_other_images_is_told(tiny_set: Path, tmp_path: Path) -> Non
     source = pipeline.Source(open_set(tiny_set).splits["train"], tmp_path / "train", 4)
     assert "gives [4, 3, 16, 16]" in pipeline.check(lambda: torch.zeros(4, 3, 16, 16), source, 32, CPU)
     assert "not normalised" in pipeline.check(lambda: torch.rand(4, 3, 32, 32) * 255, source, 32, CPU)
+
+
+def test_too_little_shared_memory_is_a_row_that_says_so(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a worker that is killed."""
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(free=2**20))
+    source = pipeline.Source(open_set(tiny_set).splits["train"], tmp_path / "train", 8)
+    table = Table("pipeline", quick=True)
+    pipeline.measure(table, source, 64, 1, CPU, seconds=0, batches=1)
+    notes = {row["provider"]: row["note"] for row in table.rows if "note" in row}
+    for name in (pipeline.BASELINE, "DataLoader, decode_jpeg"):
+        assert notes[name].startswith("cannot run: 1 workers need 0.0 GiB of a third of /dev/shm")
+    assert any(row["provider"] == "fastnet, decode cpu" and row["p50"] for row in table.rows)

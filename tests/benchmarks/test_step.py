@@ -46,9 +46,9 @@ def test_another_network_is_not_timed(tiny_set: Path) -> None:
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     stream = Resident(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
     with at_phase(config, "full", open_set(tiny_set), Runtime(CPU), stream) as trainer:
-        written = plain.Plain(trainer.network, config)
+        written = plain.plain(trainer.network, config)
         assert plain.difference(trainer.network, written, x, Runtime(CPU)) == ""
-        nn.init.normal_(written.lstms[5].get_parameter("weight_hh_l0"))
+        nn.init.normal_(written.get_parameter("lstms.layer4.1.weight_hh_l0"))
         assert "plainly written" in plain.difference(trainer.network, written, x, Runtime(CPU))
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.paths import REPOSITORY
 
-
 # The readers that use one of their five inputs; those of the others are all damaged.
 USED = {"jpeg", "text", "arrow", "raw", "checkpoint", "weights", "safetensors", "records"}
 

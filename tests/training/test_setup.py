@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastnet.config import Config
+from fastnet.data.default import default_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.training.inputs import Inputs
 from fastnet.training.setup import check_sizes, fewest_images
 
 
@@ -58,3 +61,18 @@ def test_one_value_is_too_few_for_batch_norm() -> None:
     for network in ("linear", "lstm"):
         of_conv4 = replace(config, network=network, stages=("conv4",))
         check_sizes(of_conv4, Runtime(torch.device("cpu"), world_size=8))
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "rank", "world", "expected"),
+    [(8, 1, 0, 1, {8, 2}), (9, 2, 0, 1, {5, 4}), (9, 1, 0, 2, {4, 5}), (20, 1, 0, 1, {20, 10})],
+)
+def test_the_sizes_for_which_kernels_are_compiled(
+    batch: int, parts: int, rank: int, world: int, expected: set[int], tiny_set: Path
+) -> None:
+    """Of training, and of the ten images of validation."""
+    config = Config(image_size=32, batch_size=batch, accumulate=parts, weights="none")
+    runtime = Runtime(torch.device("cpu"), rank=rank, world_size=world)
+    inputs = Inputs(config, default_set(tiny_set), runtime, {"threads": 1, "decode": "cpu"}, lambda _: None)
+    assert inputs.batch_sizes == expected
+    inputs.close()

@@ -66,7 +66,7 @@ def test_nothing_is_left_of_a_trial(tiny_set: Path, tmp_path: Path) -> None:
     with tiny_trainer("linear", "cuda:0", torch.float16, tiny_set, tmp_path, **settings) as trainer:
         network, average = trainer.network, trainer.evaluated.moving
         assert average
-        chosen = {"lstm_backend": "none", "cuda_graph": "on"}
+        chosen = {"lstm_backend": "none", "cuda_graph": "on", "decode": "gpu"}
         trial = Trial(trainer.config, trainer.data, network, average, trainer.runtime, chosen)
 
         def state() -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_nothing_is_left_of_a_trial(tiny_set: Path, tmp_path: Path) -> None:
 def test_room_is_left_for_what_comes_on_top(tiny_set: Path, tmp_path: Path) -> None:
     settings = {**SMALL, "accumulate": 8, "decode": "gpu"}
     with tiny_trainer("linear", "cuda:0", None, tiny_set, tmp_path, **settings) as trainer:
-        chosen = {"lstm_backend": "none", "cuda_graph": "off"}
+        chosen = {"lstm_backend": "none", "cuda_graph": "off", "decode": "gpu"}
         trial = Trial(trainer.config, trainer.data, trainer.network, None, trainer.runtime, chosen)
         assert trial.fits(8, last=False)[0]
         trial.beside = round(0.8 * torch.cuda.mem_get_info()[0])

@@ -18,6 +18,7 @@ from fastnet.metrics import Counter
 from fastnet.training import capture, inputs, step, trainer
 from fastnet.training.batches import Copied
 from fastnet.training.capture import REHEARSAL_SCALE, CapturedStep
+from fastnet.training.running import RunningPhase
 from fastnet.training.trainer import Trainer
 from tests.softgpu.trainers import begin, tiny_trainer
 
@@ -107,6 +108,28 @@ def test_replays_train_as_plain_steps_where_images_grow(
     assert not [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])]
     assert sizes == [64, 32, 64] * 2
     assert [session["cuda_graph_full"] for session in outcomes[2:]] == ["on, bit for bit as plain steps"] * 2
+
+
+def test_no_save_is_under_way_while_a_graph_is_captured(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pinned memory, freed meanwhile, would be marked with an event of the capture."""
+    given: dict[str, Any] = {"decode": "cpu", "cuda_graph": "on"}
+    with tiny_trainer("baseline", "cuda", torch.bfloat16, tiny_set, tmp_path, **given) as made:
+        begin(made, 0)
+        made.train_step()
+        made.save()
+        assert made.writer.pending
+        under_way: list[object] = []
+        captured = RunningPhase.capture
+
+        def noted(self: RunningPhase) -> str:
+            under_way.append(made.writer.pending)
+            return captured(self)
+
+        monkeypatch.setattr(RunningPhase, "capture", noted)
+        begin(made, 1)
+    assert under_way == [None]
 
 
 class Waiting(Counter):

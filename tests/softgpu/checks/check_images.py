@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,9 @@ class OtherRank(Runtime):
 
     def first_of(self, value: object) -> object:  # type: ignore[override]
         return value or "no room"
+
+    def agree(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        return nullcontext()
 
 
 def test_auto_passes_it_over(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def test_an_overflowing_step_is_skipped(tiny_set: Path, tmp_path: Path) -> None:
 def test_gradients_are_clipped_at_their_own_size(tiny_set: Path, tmp_path: Path) -> None:
     """And not at that of the loss scale, in fp16: a step moves the weights by the rate times the limit."""
     limit = 0.1
-    plain = {"momentum": 0.0, "weight_decay": 0.0, "clip_grad": limit}
+    plain: dict[str, Any] = {"momentum": 0.0, "weight_decay": 0.0, "clip_grad": limit}
     with tiny_trainer("baseline", "cuda", torch.float16, tiny_set, tmp_path, **plain) as trainer:
         running = begin(trainer, 1)
         running.scaler.load_state_dict({**running.scaler.state_dict(), "scale": SCALE})
