@@ -29,9 +29,8 @@ from fastnet.provenance import cpu_name, surroundings
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 QUICK = ROOT.parent / "runs" / "benchmarks"  # of --quick: to look at, not to keep
-watched: dict[
-    str, str
-] = {}  # the GPU's state during the last `alternate`, for the rows that its times go into
+# The GPU's state during the last `alternate`, for the rows that its times go into.
+watched: dict[str, str] = {}
 
 
 def parser(module: str, about: str | None) -> argparse.ArgumentParser:

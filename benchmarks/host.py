@@ -26,10 +26,8 @@ from fastnet.training.step import TrainStep
 from fastnet.training.trainer import Trainer
 
 STEPS_BEFORE, COUNTED = 4, 4
-IMAGE_SIZE, BATCH = (
-    64,
-    32,
-)  # a GPU's share of the paper's batch, on eight. The size makes no difference to the host.
+# A GPU's share of the paper's batch, on eight. The size makes no difference to the host.
+IMAGE_SIZE, BATCH = 64, 32
 # softgpu's counts
 LAUNCHES = ("kernels", "triton", "graph_launches")
 CALLS = (*LAUNCHES, "h2d", "d2h", "d2d", "peer", "memsets", "events", "mallocs", "frees", "host_allocs")

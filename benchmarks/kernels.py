@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Table
-from benchmarks.phase import Resident, at_phase
+from benchmarks.phase import OneBatch, at_phase
 from benchmarks.trace import Trace, counts_of, kernels_of, traced
 from fastnet.cli import run_command
 from fastnet.config import paper
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         batch = Batch(
             x.to(runtime.image_dtype, memory_format=torch.channels_last), y, np.arange(config.batch_size)
         )
-        with at_phase(config, "full", data, runtime, Resident(batch, 10**6)) as trainer:
+        with at_phase(config, "full", data, runtime, OneBatch(batch, 10**6)) as trainer:
             for _ in range(WARMUP):
                 trainer.train_step()
             trace = Trace(traced(trainer.train_step, STEPS, runtime.device))

@@ -25,7 +25,7 @@ from fastnet.training.setup import choices
 from fastnet.training.trainer import Trainer
 
 
-class Resident:
+class OneBatch:
     """A stream that always gives the same batch."""
 
     accumulate = 1

@@ -39,7 +39,7 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.device import train_stream
 from fastnet.input.draws import MEAN, STD
-from fastnet.input.graph import PREFETCH, InputSpec
+from fastnet.input.spec import PREFETCH, InputSpec
 
 BASELINE = "DataLoader, PIL"
 QUEUED = 2  # batches a worker prepares ahead, as DataLoader does by default

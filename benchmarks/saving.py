@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.harness import Laps, write_result
-from benchmarks.phase import Resident, at_phase
+from benchmarks.phase import OneBatch, at_phase
 from fastnet.config import Config, sample
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import single_process
@@ -39,7 +39,7 @@ def main() -> None:
         np.arange(config.batch_size),
     )
     with contextlib.ExitStack() as stack:
-        images = Resident(batch, steps_per_epoch=10**6)
+        images = OneBatch(batch, steps_per_epoch=10**6)
         trainer = stack.enter_context(at_phase(config, "full", data, runtime, images))
         trainer.train_step()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))

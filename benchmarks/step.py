@@ -33,7 +33,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Laps, Table
 from benchmarks.host import host_costs
-from benchmarks.phase import Resident, at_phase
+from benchmarks.phase import OneBatch, at_phase
 from benchmarks.pipeline import QUEUED, Source, loader, pil_dataset
 from benchmarks.plain import difference, plain, plain_step
 from benchmarks.step_peers import Step, peers
@@ -48,7 +48,7 @@ from fastnet.distributed.launch import launch_command
 from fastnet.distributed.ranks import Runtime, single_process
 from fastnet.errors import InputError
 from fastnet.input.device import DeviceTrainStream
-from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
+from fastnet.input.spec import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.streams import Batch, TrainStream
 from fastnet.network.network import Network
 from fastnet.training.features import FeatureTrainStream, FrozenFeatures
@@ -153,14 +153,14 @@ def plain_steps(trainer: Trainer) -> harness.Candidate:
     return run
 
 
-def one_batch(config: Config, data: PreparedSet, runtime: Runtime) -> Resident:
+def one_batch(config: Config, data: PreparedSet, runtime: Runtime) -> OneBatch:
     """The first batch of an epoch, over and over."""
     decode = resolve_decode("auto", runtime.device)
     spec = InputSpec.of(config, runtime.device, runtime.image_dtype, decode, config.threads)
     stream = TrainStream(data.splits["train"], spec, config.augment, batch_size=config.batch_size, seed=0)
     with contextlib.closing(stream):
         x, y, index = next(stream)
-        return Resident(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
+        return OneBatch(Batch(x.clone(memory_format=torch.preserve_format), y.clone(), index), 10**6)
 
 
 class KeptFeatures(FeatureTrainStream):

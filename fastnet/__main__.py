@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -47,4 +46,4 @@ def cli() -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    cli()

@@ -150,16 +150,15 @@ def as_arguments(flags: dict[str, Any]) -> list[str]:
 def directory(text: str) -> Path:
     """An argparse type: the path of a directory. An empty one would mean the current directory."""
     if not text.strip():
-        raise ValueError
+        raise argparse.ArgumentTypeError("is empty; name a path")
     return Path(text)
 
 
 def positive_int(text: str) -> int:
     """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoReturn:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastnet.cli import Parser, directory, run_command
 from fastnet.data.default import OFFICIAL
@@ -84,9 +84,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"ok": healthy, "checks": [asdict(finding) for finding in findings], "files": []}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -94,9 +94,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastnet.cli import Parser, run_command
 from fastnet.data.prepared import SPLITS
@@ -39,9 +39,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {**as_json(totals), "files": []}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fastnet.files import PARTIAL, STALE, atomic_write, remove_leftovers
 from fastnet.inference.flags import add_run_flags, open_data
 from fastnet.inference.runs import TrainedRun, load_runs
 from fastnet.inference.scores import labelled_split
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import EvalStream
 from fastnet.network.stored import load_extra
 
@@ -32,7 +32,7 @@ CARD = "README.md"
 CHECKED = 16  # images of the validation split
 
 
-def check_place(out: Path, form: Format) -> None:
+def check_out(out: Path, form: Format) -> None:
     """Raises InputError if `out` holds anything but an earlier export of this format, which is replaced."""
     try:
         there = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     for package in form.needs:
         load_extra(package, f"--format {args.format}")
     out = args.out or args.run / "export" / args.format
-    check_place(out, form)
+    check_out(out, form)
     ((name, run),) = load_runs([args.run], args.checkpoint, single_process("cpu")).items()
     data = open_data(args.data, args.run)
     if data.hash != run.data_hash:
@@ -119,9 +119,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -82,9 +82,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"files": [str(path) for path in files]}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -63,9 +63,8 @@ class Counter:
         rank = ((logits > own) | ((logits == own) & lower)).sum(dim=1)  # [B]
         units = (losses.where(finite, 0.0) / LOSS_UNIT).round().long()  # [B]
         hit1, hit5 = finite & (rank < 1), finite & (rank < 5)  # [B] each
-        self.sums += torch.stack([units, hit1, torch.ones_like(rank), ~finite, hit5]).sum(
-            dim=1
-        )  # [5, B] -> [5]
+        counts = torch.stack([units, hit1, torch.ones_like(rank), ~finite, hit5])  # [5, B]
+        self.sums += counts.sum(dim=1)
 
     def reset(self) -> None:
         self.sums.zero_()

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -168,9 +168,5 @@ def write_results(out: Path, data: PreparedSet, scores: dict[str, Any], holdout:
     return [str(table), str(numbers)]
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -9,7 +9,7 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -144,9 +144,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"count": len(split), "files": [str(args.out)] if args.out else []}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

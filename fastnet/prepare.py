@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastnet.cli import Parser, run_command
 from fastnet.data.download import download
@@ -77,9 +77,5 @@ def report(prepared: PreparedSet, made: bool, seconds: float) -> None:
     print(printable(f"{prepared.path}: {len(prepared.classes)} classes, {counts}; {done}"), flush=True)
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -1,4 +1,4 @@
-"""What made a result: versions, git revision and machine."""
+"""What made a result: versions, git revision and machine, with the memory that it has."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastnet.cli import Parser, run_command
 from fastnet.distributed.ranks import single_process
@@ -69,9 +69,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"runs": {result.name: as_json(result.totals) for result in results}, "files": [str(args.out)]}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

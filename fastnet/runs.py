@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastnet.cli import Parser, directory, run_command
 from fastnet.errors import InputError, printable, unreadable
@@ -133,9 +133,5 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return {"runs": [asdict(run) for run in runs], "files": []}
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

@@ -90,9 +90,5 @@ def _renamed(value: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"this flag is now called --run-dir; give --run-dir {value}")
 
 
-def cli() -> NoReturn:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    run_command(main)

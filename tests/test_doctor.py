@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastnet import doctor
+from fastnet.cli import run_command
 from fastnet.diagnosis import kernels, pixels, ranks, software, storage
 from fastnet.diagnosis.findings import Check, Failed, Finding, Skipped, examine
 
@@ -40,7 +41,7 @@ def test_a_failure_is_told_with_what_to_do_and_by_the_exit_code(
     monkeypatch.setattr(doctor, "checks", lambda data, runs: some)
     monkeypatch.setattr(sys, "argv", ["doctor", "--json"])
     with pytest.raises(SystemExit) as ended:
-        doctor.cli()
+        run_command(doctor.main)
     first, second, last = capsys.readouterr().out.splitlines()
     assert ended.value.code == 1 and not json.loads(last)["ok"]
     assert first.startswith("fails   disk for runs") and first.endswith("name another place with --runs")
@@ -116,7 +117,8 @@ def test_packages_that_cannot_be_imported(tmp_path: Path) -> None:
     """What is broken is what the doctor is asked about, so each check stands on its own."""
     broken = ("nvidia.dali", "triton", "pyarrow", "simplejpeg", "PIL")
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({broken})); from fastnet import doctor; doctor.cli()"
+        f"import sys; sys.modules.update(dict.fromkeys({broken}))\n"
+        "from fastnet import cli, doctor; cli.run_command(doctor.main)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "--json", "--runs", str(tmp_path)], capture_output=True, text=True

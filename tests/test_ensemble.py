@@ -61,7 +61,7 @@ def test_bad_values_are_named(tiny_set: Path, runs: list[Path], tmp_path: Path) 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match=r"file/scores\.npz: cannot be written \(Not a directory: .*file\)"):
         ensemble.main(["no run", "nor this", *data, "--out", str(tmp_path / "file")])  # said first of all
-    with pytest.raises(InputError, match="argument --out: invalid directory value: ''"):
+    with pytest.raises(InputError, match="argument --out: is empty; name a path"):
         ensemble.main([*map(str, runs), *data, "--out", ""])
     (tmp_path / "link").symlink_to(runs[0])
     with pytest.raises(InputError, match="the run is named twice"):

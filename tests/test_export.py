@@ -31,7 +31,7 @@ from fastnet.exporting.check import difference
 from fastnet.exporting.formats import FORMATS
 from fastnet.exporting.plain import plain_network, plain_state
 from fastnet.inference.images import images_as_split
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import EvalStream
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone

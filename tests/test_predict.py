@@ -129,7 +129,7 @@ def test_bad_values_are_named(
         predict.main([str(tmp_path / "no run"), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match="--images and --data: give one of them"):
         predict.main([run, *data, "--images", str(tmp_path)])
-    with pytest.raises(InputError, match="argument --images: invalid directory value: ''"):
+    with pytest.raises(InputError, match="argument --images: is empty; name a path"):
         predict.main([run, "--images", ""])
     with pytest.raises(InputError, match=r"--eval-crop 1e-08: must lie between 0\.01 and 1"):
         predict.main([run, *data, "--out", str(tmp_path / "out"), "--eval-crop", "1e-8"])

@@ -23,9 +23,8 @@ MAX_SCANS = (
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
 FILL = re.compile(rb"\xff*")
-MARKER = re.compile(
-    rb"\xff[^\x00\x01\xd0-\xd8\xff]"
-)  # of a segment or the end; what else is in a scan is no marker
+# Of a segment or the end; what else is in a scan is no marker.
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 (ITU-T T.81, table B.1)
 

@@ -44,9 +44,13 @@ def official_layout(tree: Tree, root: str, record: dict[str, Any]) -> Source:
 
     trained = {entry.label for entry in splits["train"] if entry.label is not None}
     if missing := [wnid for wnid in wnids if wnid not in trained]:
-        raise InputError(f"{tree.path}: class {missing[0]} of wnids.txt has no images in {root}train")
+        raise InputError(
+            f"{tree.path}: class {missing[0]} of wnids.txt has no images in {root}train; add some, or remove its line"
+        )
     if unknown := sorted(trained.difference(wnids)):
-        raise InputError(f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks")
+        raise InputError(
+            f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks; add a line, or remove it"
+        )
 
     splits["val"].sort(key=lambda entry: natural(entry.name))
     flat = [entry for entry in splits["val"] if entry.label is None]
@@ -74,13 +78,19 @@ def _annotations(tree: Tree, file: str, images: set[str]) -> dict[str, str]:
         if not line.strip():
             continue
         if name not in images:
-            raise InputError(f"{tree.path}: {file} line {number} names {name!r}, not in val/images")
+            raise InputError(
+                f"{tree.path}: {file} line {number} names {name!r}, not in val/images; remove the line"
+            )
         if name in labels:
-            raise InputError(f"{tree.path}: {file} line {number} names {name!r} a second time")
+            raise InputError(
+                f"{tree.path}: {file} line {number} names {name!r} a second time; remove one line"
+            )
         labels[name] = rest.split("\t")[0].strip()
     if missing := sorted(images - labels.keys()):
         folder = file.removesuffix("val_annotations.txt")
-        raise InputError(f"{tree.path}: {folder}images/{missing[0]} has no line in {file}")
+        raise InputError(
+            f"{tree.path}: {folder}images/{missing[0]} has no line in {file}; add it, or remove the image"
+        )
     return labels
 
 
@@ -99,7 +109,7 @@ def class_folders(tree: Tree, record: dict[str, Any]) -> Source:
         elif top in parts and below:
             split, name = parts[top], below
         else:
-            raise InputError(f"{tree.path}: {where} is in none of train/, val/ and test/")
+            raise InputError(f"{tree.path}: {where} is in none of train/, val/ and test/; move or remove it")
         label = name.split("/")[0] if "/" in name else None
         if label is None and split != "test":
             raise InputError(
@@ -166,7 +176,7 @@ def parent_folders(files: list[str]) -> set[str]:
 
 def _lines(tree: Tree, name: str) -> list[str]:
     if name not in tree.files:
-        raise InputError(f"{tree.path}: {name} is missing")
+        raise InputError(f"{tree.path}: {name} is missing; get the set again")
     try:
         return tree.read(name, MAX_TEXT).decode("utf-8", "replace").splitlines()
     except BadImage as error:

@@ -66,7 +66,9 @@ def parquet_split(file: Path) -> str:
     for text in (file.name.lower(), file.parent.name.lower()):
         if (match := re.match("[a-z]+", text)) and match[0] in SPLIT_NAMES:
             return SPLIT_NAMES[match[0]]
-    raise InputError(f"{file}: its name begins with none of train, val and test, so its split is unknown")
+    raise InputError(
+        f"{file}: its name begins with none of train, val and test, so its split is unknown; rename it"
+    )
 
 
 def _read_listing(file: Path, listing: list[Row]) -> list[str] | None:
@@ -101,7 +103,7 @@ def _read_listing(file: Path, listing: list[Row]) -> list[str] | None:
 def _check_schema(file: Path, schema: pa.Schema, split: str) -> None:
     names = schema.names
     if names.count("image") != 1 or names.count("label") > 1 or ("label" not in names and split != "test"):
-        raise InputError(f"{file}: needs the columns image and label, has {', '.join(names)}")
+        raise InputError(f"{file}: needs the columns image and label, has {', '.join(names)}; rename them")
     image = schema.field("image").type
     fields = {field.name: field.type for field in image} if pa.types.is_struct(image) else {"bytes": image}
     content, path = fields.get("bytes"), fields.get("path")
@@ -125,9 +127,11 @@ def hub_classes(file: Path, schema: pa.Schema) -> list[str] | None:
     except (TypeError, KeyError, ValueError, RecursionError):
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{file}: the class names in its metadata are not a list of strings")
+        raise InputError(
+            f"{file}: the class names in its metadata are not a list of strings; get the file again"
+        )
     if len(set(names)) < len(names):
-        raise InputError(f"{file}: its metadata gives two classes the same name")
+        raise InputError(f"{file}: its metadata gives two classes the same name; rename one")
     return names
 
 
@@ -140,7 +144,9 @@ def _label(file: Path, number: int | None, classes: list[str] | None, split: str
     if classes is None:
         return number
     if number >= len(classes):
-        raise InputError(f"{file}: it has label {number}, but its metadata names {len(classes)} classes")
+        raise InputError(
+            f"{file}: it has label {number}, but its metadata names {len(classes)} classes; get it again"
+        )
     return classes[number]
 
 

@@ -97,6 +97,20 @@ class Split:
     mapped: np.ndarray = field(repr=False)  # [bytes of the file] uint8
     bounds: np.ndarray = field(repr=False)  # [N, 2] int64, where each image begins and ends in `mapped`
 
+    @staticmethod
+    def in_memory(name: str, images: list[bytes], sizes: np.ndarray, names: list[str], path: Path) -> Split:
+        """A split without labels of encoded images, with their sizes [N, 2] and names. Errors name `path`."""
+        ends = np.cumsum([len(image) for image in images])
+        return Split(
+            name=name,
+            path=path,
+            labels=np.full(len(images), -1, np.int64),
+            sizes=sizes,
+            table=pa.table({"name": names}),
+            mapped=np.frombuffer(b"".join(images), np.uint8),
+            bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
+        )
+
     def __len__(self) -> int:
         return len(self.labels)
 

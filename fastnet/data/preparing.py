@@ -90,11 +90,11 @@ def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[
         if source.splits.get(name)
     }
     if "train" not in splits:
-        raise InputError(f"{place}: no training images in it")
+        raise InputError(f"{place}: no training images in it; put them into train/, a folder for each class")
     for name in splits:
         for entry in splits[name]:
             if entry.label is None and name != "test":
-                raise InputError(f"{place}: {entry.name} in {name} has no label")
+                raise InputError(f"{place}: {entry.name} in {name} has no label; give it one, or remove it")
     if "val" not in splits:
         splits["train"], splits["val"] = without_val(splits["train"], val_fraction, place)
     classes = {entry.label for entry in splits["train"] if entry.label is not None}
@@ -102,7 +102,8 @@ def checked_splits(source: Source, val_fraction: float) -> tuple[dict[str, list[
         for entry in entries:
             if entry.label is not None and entry.label not in classes:
                 raise InputError(
-                    f"{place}: {entry.name} in {name} is of class {entry.label}, which train lacks"
+                    f"{place}: {entry.name} in {name} is of class {entry.label}, which train lacks; "
+                    "remove it, or add training images"
                 )
     return splits, sorted(classes)
 
@@ -115,7 +116,9 @@ def without_val(train: list[Entry], fraction: float, place: str) -> tuple[list[E
     chosen: set[Any] = set()
     for label, entries in by_class.items():
         if len(entries) < 2:
-            raise InputError(f"{place}: class {label} has one image, too few to take a val split from")
+            raise InputError(
+                f"{place}: class {label} has one image, too few to take a val split from; add one"
+            )
         ranked = sorted(entries, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
         count = min(max(1, round(fraction * len(entries))), len(entries) - 1)
         chosen.update(entry.where for entry in ranked[:count])

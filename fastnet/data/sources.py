@@ -24,7 +24,7 @@ def find_source(path: Path) -> Source:
     """Tells by its content what `path` is. Raises InputError if it is none of the known kinds."""
     try:
         if not path.exists():
-            raise InputError(f"{path}: no such file or folder")
+            raise InputError(f"{path}: no such file or folder; name the set's folder, zip or Parquet files")
         if path.is_dir():
             tree = folder_tree(path)
             if parquet := [name for name in tree.files if name.endswith(".parquet")]:
@@ -38,7 +38,7 @@ def find_source(path: Path) -> Source:
             }
             return tree_source(tree, record)
         if not path.is_file():
-            raise InputError(f"{path}: is neither a file nor a folder")
+            raise InputError(f"{path}: is neither a file nor a folder; name one of them")
         if path.suffix == ".parquet":
             return parquet_source(path, [path])
         return tree_source(open_zip(path), zip_record(path))
@@ -113,9 +113,11 @@ def open_zip(path: Path) -> Tree:
     for info in archive.infolist():
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise InputError(f"{path}: refused: it names {info.filename!r}, outside the archive")
+            raise InputError(
+                f"{path}: refused: it names {info.filename!r}, outside the archive; pack it anew"
+            )
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise InputError(f"{path}: refused: {info.filename!r} is a link")
+            raise InputError(f"{path}: refused: {info.filename!r} is a link; pack it anew")
         is_folder = not parts[-1]
         parts = [part for part in parts if part not in ("", ".")]  # as in "./train/"
         if not parts or parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
@@ -128,7 +130,7 @@ def open_zip(path: Path) -> Tree:
                 f"{path}: {info.filename!r} is compressed by another method than deflate; zip it again"
             )
         elif name in members:
-            raise InputError(f"{path}: refused: it holds {name!r} more than once")
+            raise InputError(f"{path}: refused: it holds {name!r} more than once; pack it anew")
         else:
             members[name] = info
     refuse_overlaps(path, archive)
@@ -150,7 +152,9 @@ def refuse_overlaps(path: Path, archive: zipfile.ZipFile) -> None:
     members = sorted(archive.infolist(), key=lambda info: info.header_offset)
     for info, following in pairwise(members):
         if info.header_offset + LOCAL_HEADER + info.compress_size > following.header_offset:
-            raise InputError(f"{path}: refused: {info.filename!r} and {following.filename!r} overlap")
+            raise InputError(
+                f"{path}: refused: {info.filename!r} and {following.filename!r} overlap; get it again"
+            )
 
 
 def within(content: bytes, limit: int) -> bytes:

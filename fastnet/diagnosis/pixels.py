@@ -7,7 +7,6 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 
@@ -15,7 +14,7 @@ from fastnet.data.prepared import Split
 from fastnet.diagnosis.findings import Failed, Skipped
 from fastnet.input.dali import DaliBatches
 from fastnet.input.draws import MEAN, STD, eval_inputs
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 
 SIZE, IMAGES = 64, 4
 # Between two JPEG decoders: a level for the inverse DCT and one for the chroma, and one where PIL rounds.
@@ -37,16 +36,8 @@ def _difference(device: torch.device) -> float:
     """The largest difference from PIL's pixels, in grey levels. Raises Failed if it is too large."""
     jpegs = [_jpeg(n) for n in range(IMAGES)]
     expected = np.stack([np.asarray(Image.open(io.BytesIO(jpeg)), np.float32) for jpeg in jpegs])
-    ends = np.cumsum([len(jpeg) for jpeg in jpegs])
-    split = Split(
-        name="check",
-        path=Path(),
-        labels=np.zeros(IMAGES, np.int64),
-        sizes=np.full((IMAGES, 2), SIZE, np.int32),
-        table=pa.table({"name": [str(n) for n in range(IMAGES)]}),
-        mapped=np.frombuffer(b"".join(jpegs), np.uint8),
-        bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
-    )
+    sizes = np.full((IMAGES, 2), SIZE, np.int32)
+    split = Split.in_memory("check", jpegs, sizes, [str(n) for n in range(IMAGES)], Path())
     spec = InputSpec(SIZE, device, torch.float32, "gpu" if device.type == "cuda" else "cpu", 1)
     here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     inputs = eval_inputs(split.sizes, SIZE, eval_crop=1.0)

@@ -1,4 +1,5 @@
-"""Memory that ran out, of a GPU or of this machine, as one line: for what, how much there is, and what to do."""
+"""Memory of the process: where it runs out, one line says for what, how much there is, and what to do; what is freed
+on a CPU is kept for the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command lines of evaluate, ensemble, predict and export have in common."""
+"""What the command lines of evaluate, ensemble, predict, export and report have in common."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from fastnet.data.entries import readable
@@ -36,18 +35,18 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if str(path) == "-":
             lines = [line for line in sys.stdin.buffer.read().splitlines() if line]  # names need not be text
             if not lines:
-                raise InputError("--images -: standard input names no file")
+                raise InputError("--images -: standard input names no file; give a path on each line")
             files += [Path(os.fsdecode(line)) for line in lines]
         elif path.is_dir():
             below = _images_below(path)
             if not below:
-                raise InputError(f"--images {path}: no image file in it")
+                raise InputError(f"--images {path}: no image file in it; name another folder, or files")
             files += below
         else:
             files.append(path)
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"--images {missing[0]}: no such file or folder")
+        raise InputError(f"--images {missing[0]}: no such file or folder; name one that is there")
     return files
 
 
@@ -82,18 +81,8 @@ def images_as_split(files: Sequence[Path], folder: Path | None = None) -> Split:
     if problems:
         more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise InputError(f"--images: {'; '.join(problems[:NAMED])}{more}")
-    ends = np.cumsum([len(image) for image in images])
-    return Split(
-        name="images",
-        path=folder or Path(),
-        labels=np.full(len(images), -1, np.int64),
-        sizes=np.array(sizes, np.int32),
-        table=pa.table(
-            {"name": [readable(str(file.relative_to(folder) if folder else file)) for file in files]}
-        ),
-        mapped=np.frombuffer(b"".join(images), np.uint8),
-        bounds=np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1),
-    )
+    names = [readable(str(file.relative_to(folder) if folder else file)) for file in files]
+    return Split.in_memory("images", images, np.array(sizes, np.int32), names, folder or Path())
 
 
 def _encoded(file: Path) -> bytes:

@@ -18,7 +18,7 @@ from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.inference.runs import TrainedRun
-from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.spec import InputSpec, resolve_decode
 from fastnet.input.streams import EvalStream
 from fastnet.metrics import Counter, Totals
 from fastnet.progress import Progress

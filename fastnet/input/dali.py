@@ -17,7 +17,8 @@ from nvidia.dali.tensors import TensorCPU
 
 from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
-from fastnet.input.graph import InputSpec, decoder_threads, graph
+from fastnet.input.graph import graph
+from fastnet.input.spec import InputSpec, decoder_threads
 
 
 class Feed:

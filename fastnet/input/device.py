@@ -23,7 +23,7 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import MEAN, STD, epoch_draws, epoch_order, eval_inputs, train_inputs
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import (
     Batch,
     EvalStream,

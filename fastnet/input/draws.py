@@ -68,7 +68,8 @@ def random_boxes(
 
 
 def train_inputs(augment: Augment, u: NDArray, sizes: NDArray, image_size: int) -> dict[str, NDArray]:
-    """The graph's inputs, name -> [B] or [B, 2], for images with draws `u` [B, K] and `sizes` [B, 2]."""
+    """What is done to images with draws `u` [B, K] and `sizes` [B, 2], name -> [B] or [B, 2]: the inputs of DALI's
+    graph and of the other ways to make batches."""
     u = u.astype(np.float64)
     start, end = random_boxes(u[:, CROP], sizes, (augment.min_crop, 1.0), CROP_RATIO)
     inputs = {"start": _f32(start), "end": _f32(end), "mirror": _i32(u[:, FLIP] < augment.flip)}

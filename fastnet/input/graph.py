@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,51 +10,12 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.types import DALIDataType
 
-from fastnet.config import Config
-from fastnet.errors import InputError
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.operators import apply_policy, input_type
+from fastnet.input.spec import PREFETCH, InputSpec
 
-PREFETCH = 2
-# To wake a thread costs about what a tenth of a small image does, so further threads would only add work.
-IMAGES_PER_THREAD = 4
 # DALI's own buffers for each of nvJPEG's threads, made for photographs: on the device, and twice in pinned memory.
 DEVICE_PADDING, HOST_PADDING = 16 << 20, 8 << 20
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """How images become tensors. `decode` is gpu (nvJPEG), cpu, raw (decoded once, to a file), or device
-    (that file in GPU memory, without DALI's graph).
-    """
-
-    image_size: int
-    device: torch.device
-    dtype: torch.dtype
-    decode: str
-    threads: int
-    eval_crop: float = 1.0
-
-    @staticmethod
-    def of(config: Config, device: torch.device, dtype: torch.dtype, decode: str, threads: int) -> InputSpec:
-        """What a network of `config` takes, in training and afterwards."""
-        return InputSpec(config.image_size, device, dtype, decode, threads, config.eval_crop)
-
-
-def resolve_decode(choice: str, device: torch.device) -> str:
-    """What `--decode` means on this device: auto is gpu on CUDA, cpu elsewhere. (Training: training/placement.py.)"""
-    if choice not in ("auto", "device", "gpu", "cpu", "raw"):
-        raise InputError(f"--decode {choice}: not a place to decode; use auto, gpu, cpu or raw")
-    if choice in ("device", "gpu") and device.type != "cuda":
-        raise InputError(f"--decode {choice}: there is no GPU here; use cpu, raw or auto")
-    if choice == "auto":
-        return "gpu" if device.type == "cuda" else "cpu"
-    return choice
-
-
-def decoder_threads(threads: int, batch_size: int) -> int:
-    """Of `threads`, those that a batch keeps busy."""
-    return min(threads, -(-batch_size // IMAGES_PER_THREAD))
 
 
 def decoder_padding(pixels: int) -> dict[str, Any]:

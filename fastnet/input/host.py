@@ -24,7 +24,7 @@ from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.fused import compiled
-from fastnet.input.graph import PREFETCH, InputSpec, decoder_threads
+from fastnet.input.spec import PREFETCH, InputSpec, decoder_threads
 
 # Images at most of a thread's piece of work. Threads that decode take turns with the interpreter, so a piece is large;
 # a thread that is done goes on with the next batch, so it need not be small.

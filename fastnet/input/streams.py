@@ -24,8 +24,8 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.dali import DaliBatches
 from fastnet.input.draws import epoch_draws, epoch_order, eval_inputs, train_inputs
-from fastnet.input.graph import PREFETCH, InputSpec, resolve_decode
 from fastnet.input.host import HostBatches
+from fastnet.input.spec import PREFETCH, InputSpec, resolve_decode
 from fastnet.provenance import machine_memory
 
 

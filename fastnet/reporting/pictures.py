@@ -29,10 +29,8 @@ ON_SCREEN = {
     "training": {**STYLES["training"], "linewidth": 1.1},
     "validation": {**STYLES["validation"], "color": ACCENT, "linewidth": 1.6},
 }
-RIGHT, WRONG = (
-    (37, 110, 204),
-    (222, 90, 36),
-)  # clear on white and on black, and told apart without red or green
+# Clear on white and on black, and told apart without red or green.
+RIGHT, WRONG = (37, 110, 204), (222, 90, 36)
 THUMBNAIL = 96  # pixels of the longer side
 
 

@@ -260,9 +260,8 @@ def restore(
         optimizer.load_state_dict(state.optimizer or {})
         for group, mine in zip(optimizer.param_groups, kept, strict=True):
             group.update(mine)
-        if (
-            state.scaler
-        ):  # empty if it was not fp16 until now: what --precision auto means depends on the device
+        # Empty if it was not fp16 until now: what --precision auto means depends on the device.
+        if state.scaler:
             scaler.load_state_dict(state.scaler)
         for group in optimizer.param_groups:
             for p in group["params"]:

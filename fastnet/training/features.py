@@ -37,7 +37,7 @@ from fastnet.distributed.stop import StopSignal
 from fastnet.distributed.storage import ranks_sharing
 from fastnet.errors import InputError
 from fastnet.files import STALE, atomic_write, remove_leftovers
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
 from fastnet.network.network import Network
 from fastnet.progress import track
@@ -69,9 +69,8 @@ class FrozenFeatures:
         with torch.no_grad():
             one = torch.zeros(1, 3, size, size, device=runtime.device).to(memory_format=torch.channels_last)
             with runtime.autocast():
-                self.shapes = [
-                    tuple(kept.shape[1:]) for kept in network.frozen_outputs(one)
-                ]  # (C, H, W) each
+                # (C, H, W) each
+                self.shapes = [tuple(kept.shape[1:]) for kept in network.frozen_outputs(one)]
         self.row = sum(map(int, map(np.prod, self.shapes)))  # R
         facts = self.facts()
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

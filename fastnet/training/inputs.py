@@ -18,7 +18,7 @@ from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream, check_batch_size, part
 from fastnet.network.network import Network
 from fastnet.progress import track

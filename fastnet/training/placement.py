@@ -13,7 +13,7 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.decoded import decoded_bytes, why_not_decoded
 from fastnet.input.device import unsupported, why_not_compiled
-from fastnet.input.graph import resolve_decode
+from fastnet.input.spec import resolve_decode
 
 # How much of the free memory the set may take: where it is asked for, and where auto decides.
 ASKED, AUTO = 0.75, 0.25

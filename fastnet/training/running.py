@@ -41,13 +41,8 @@ class RunningPhase:
         begun: Updates | None,
         path: Path,
     ) -> None:
-        self.phase, self.config, self.runtime, self.network, self.average = (
-            phase,
-            config,
-            runtime,
-            network,
-            average,
-        )
+        self.phase, self.config, self.runtime = phase, config, runtime
+        self.network, self.average = network, average
         self.batches, self.counter, self.begun, self.path = batches, counter, begun, path
         self.mixer = Mixer(config, runtime) if config.mixes else None
         self.graph: CapturedStep | None = None

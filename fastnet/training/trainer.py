@@ -152,8 +152,17 @@ class Trainer:
         if not self.inputs.keep_features(self.phase, self.network, self.state, self.stop_signal):
             return False
         batches, self.val_stream = self.inputs.open(self.phase, self.state)
-        parts = (self.network, self.evaluated.moving, batches, self.counter, begun, self.run_dir / "last.pt")
-        self.running = RunningPhase(self.phase, config, self.runtime, *parts)
+        self.running = RunningPhase(
+            self.phase,
+            config,
+            self.runtime,
+            self.network,
+            average=self.evaluated.moving,
+            batches=batches,
+            counter=self.counter,
+            begun=begun,
+            path=self.run_dir / "last.pt",
+        )
         in_last_epoch = self.state.phase_epoch + 1 == self.phase.epochs
         # After the phase's last step, which is still to be validated, there may be no images to rehearse with.
         trained = in_last_epoch and self.state.step_in_epoch == self.inputs.steps_per_epoch

@@ -232,9 +232,8 @@ def _(
     features: list[Tensor], weights: list[Tensor], stages: list[int], save: bool, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, batch = features[0], features[0].shape[0]
-    plans = plan(
-        _stages(stages), x.dtype, architecture(x.device), save=save
-    )  # split or not: all the same here
+    # Split or not: all the same here.
+    plans = plan(_stages(stages), x.dtype, architecture(x.device), save=save)
     size = sizes(plans, padded_batch(batch))
     return (
         x.new_empty(batch, plans[0].outputs),

@@ -33,17 +33,14 @@ class Stats:
     per_cta: list[Counter[str]] = field(default_factory=list)  # indexed by linear CTA id (x fastest)
     ops: Counter[str] = field(default_factory=Counter)  # full opcode -> warp-instructions
     classes: Counter[str] = field(default_factory=Counter)  # opcode class -> warp-instructions
-    unique: dict[str, tuple[int, int]] = field(
-        default_factory=dict
-    )  # argument -> distinct bytes (read, written)
-    access: dict[tuple[int, str], dict[str, Any]] = field(
-        default_factory=dict
-    )  # (PTX line, space) -> traffic
+    # Argument -> distinct bytes (read, written).
+    unique: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # (PTX line, space) -> traffic.
+    access: dict[tuple[int, str], dict[str, Any]] = field(default_factory=dict)
     races: list[Race] = field(default_factory=list)  # within a CTA
     cta_races: list[Race] = field(default_factory=list)  # between CTAs
-    uninit: Counter[str] = field(
-        default_factory=Counter
-    )  # instruction -> lanes that read unwritten shared memory
+    # Instruction -> lanes that read unwritten shared memory.
+    uninit: Counter[str] = field(default_factory=Counter)
     ptx: str = ""  # run_triton only
     metadata: Any = None  # run_triton only: Triton's metadata of the compiled kernel
 

@@ -65,10 +65,8 @@ def _on_graph(graph: int, what: int) -> int:
     return 1
 
 
-_callbacks = (
-    library.ON_CAPTURED(_on_captured),
-    library.ON_GRAPH(_on_graph),
-)  # have to outlive the library's use
+# They have to outlive the library's use.
+_callbacks = library.ON_CAPTURED(_on_captured), library.ON_GRAPH(_on_graph)
 
 
 def install() -> None:

@@ -14,9 +14,8 @@ from softgpu.host import again, alias, to_device
 
 LSTM_MODE = 2  # cuDNN's number for it
 
-_clean = ThreadPoolExecutor(
-    1, thread_name_prefix="softgpu"
-)  # a thread outside autograd's and autocast's guards
+# A thread outside autograd's and autocast's guards.
+_clean = ThreadPoolExecutor(1, thread_name_prefix="softgpu")
 
 
 def _run(t: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

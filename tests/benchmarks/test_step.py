@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import harness, pipeline, plain, step
-from benchmarks.phase import Resident, at_phase
+from benchmarks.phase import OneBatch, at_phase
 from benchmarks.step_peers import peers
 from fastnet.config import paper
 from fastnet.data.prepared import open_set
@@ -44,7 +44,7 @@ def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) ->
 def test_another_network_is_not_timed(tiny_set: Path) -> None:
     config = replace(paper("lstm"), image_size=32)
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
-    stream = Resident(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
+    stream = OneBatch(Batch(x, torch.zeros(2, dtype=torch.int64), np.arange(2)), 4)
     with at_phase(config, "full", open_set(tiny_set), Runtime(CPU), stream) as trainer:
         written = plain.plain(trainer.network, config)
         assert plain.difference(trainer.network, written, x, Runtime(CPU)) == ""

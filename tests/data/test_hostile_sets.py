@@ -20,7 +20,7 @@ from fastnet.data.prepared import SCHEMA, open_set
 from fastnet.data.preparing import prepare
 from fastnet.errors import InputError
 from fastnet.input.decoded import DecodedImages
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import TrainStream
 from tests.support.official import jpeg
 

@@ -22,7 +22,7 @@ from fastnet.input import draws as aug
 from fastnet.input.decoded import DecodedImages, decoded_bytes
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, unsupported, upload
 from fastnet.input.draws import epoch_draws, epoch_order
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import Batch, EvalStream
 from fastnet_kernels import images
 from ptxrun import execute_ptx

@@ -17,7 +17,7 @@ from fastnet.config import Augment
 from fastnet.data.prepared import Split
 from fastnet.input import draws as aug
 from fastnet.input import graph
-from fastnet.input.graph import InputSpec, resolve_decode
+from fastnet.input.spec import InputSpec, decoder_threads, resolve_decode
 from fastnet.input.streams import EvalStream
 from tests.support.streams import CPU, POLICIES, TRAIN, VAL, by_sample, levels, pil, spec, stream, take
 
@@ -211,7 +211,7 @@ def test_decoder_buffers_fit_the_images(side: int) -> None:
 
 
 def test_a_batch_decides_how_many_threads_decode() -> None:
-    assert [graph.decoder_threads(28, batch) for batch in (1, 4, 5, 32, 256)] == [1, 1, 2, 8, 28]
+    assert [decoder_threads(28, batch) for batch in (1, 4, 5, 32, 256)] == [1, 1, 2, 8, 28]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fastnet.data.prepared import PreparedSet, Split
 from fastnet.errors import InputError
 from fastnet.input.dali import Feed
 from fastnet.input.draws import epoch_order
-from fastnet.input.graph import resolve_decode
+from fastnet.input.spec import resolve_decode
 from fastnet.input.streams import DrawnStream, EvalStream, check_memory, step_share
 from tests.support.paths import REPOSITORY
 from tests.support.streams import CPU, PLAIN, POLICIES, TRAIN, VAL, by_sample, spec, stream, take
@@ -188,7 +188,7 @@ import torch
 from pathlib import Path
 from fastnet.config import Augment
 from fastnet.data.prepared import open_set
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream
 splits = open_set(Path({str(prepared.path)!r})).splits
 spec = InputSpec(32, torch.device("cpu"), torch.float32, "cpu", 2)

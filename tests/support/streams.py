@@ -13,7 +13,7 @@ from PIL import Image
 from fastnet.config import Augment
 from fastnet.data.prepared import Split
 from fastnet.input import draws as aug
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import Batch, TrainStream
 
 CPU = torch.device("cpu")

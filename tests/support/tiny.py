@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fastnet import train
+from fastnet.cli import run_command
 from fastnet.distributed.launch import launch_command
 from tests.support.paths import SCRIPT
 from tests.support.runs import wait_for_step
@@ -39,7 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        train.cli()
+        run_command(train.main)
     assert ended.value.code == 2
     lines = [
         line for line in capsys.readouterr().err.splitlines() if not line.startswith(("data: ", "uses: "))

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from fastnet import evaluate
 from fastnet.data.default import default_set
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone

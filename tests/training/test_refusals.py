@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastnet import cli, train
+from fastnet.cli import run_command
 from fastnet.distributed import lock
 from fastnet.distributed.ranks import Runtime
 from fastnet.training.checkpoint import load
@@ -83,7 +84,7 @@ def test_bad_run_directories_are_named(
     assert "no such set" in refused(
         capsys, monkeypatch, *TINY, "--data", tmp_path / "none", "--run-dir", tmp_path / "x"
     )
-    assert "--run-dir: invalid directory value: ''" in refused(capsys, monkeypatch, *given, "")
+    assert "--run-dir: is empty; name a path" in refused(capsys, monkeypatch, *given, "")
     assert f"to train for longer, start from its weights: --weights {whole / 'last.pt'}" in refused(
         capsys, monkeypatch, *given, whole, "--epochs", "3"
     )
@@ -94,7 +95,7 @@ def test_debug_shows_the_traceback(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--image-size", "many", "--debug"])
     with pytest.raises(SystemExit) as ended:
-        train.cli()
+        run_command(train.main)
     assert ended.value.code == 2 and "Traceback" in capsys.readouterr().err
 
 
@@ -104,7 +105,7 @@ def test_debug_shows_where_an_error_among_ranks_came_from(
     flags = [*TINY, "--data", str(tiny_set), "--run-dir", str(tmp_path / "run"), "--weights", "nowhere.pth"]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--debug"])
     with pytest.raises(SystemExit):
-        train.cli()
+        run_command(train.main)
     assert "in _file_state" in capsys.readouterr().err
 
 

@@ -36,7 +36,7 @@ from fastnet.data.sources import find_source
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.inference.runs import load_run
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fastnet import train
+from fastnet.cli import run_command
 from fastnet.training.accumulation import Trial
 from fastnet.training.checkpoint import load
 from tests.softgpu.trainers import tiny_trainer
@@ -107,7 +108,7 @@ def test_where_no_part_fits(
     flags = [*FLAGS, "--network", "baseline", "--accumulate", "auto", "--run-dir", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--data", str(tiny_set)])
     with pytest.raises(SystemExit) as ended:
-        train.cli()
+        run_command(train.main)
     line = capsys.readouterr().err.splitlines()[-1]
     said = "error: rank 0: 32 images at 64 px in the parts of --accumulate auto: out of memory on cuda:0 ("
     assert ended.value.code == 2 and line.startswith(said), line

@@ -17,6 +17,7 @@ import torch
 
 import softgpu
 from fastnet import ensemble, evaluate, predict, train
+from fastnet.cli import run_command
 from fastnet.errors import InputError
 from fastnet.training.checkpoint import load
 from fastnet.training.trainer import Trainer
@@ -195,13 +196,13 @@ def test_full_memory_is_one_line_and_keeps_the_checkpoint(
     before = (run / "last.pt").read_bytes()
     train_flags = ["sample", *FLAGS, "--network", "baseline", "--precision", "fp16", "--run-dir", str(run)]
     tried = {
-        "rank 0: 8 images at 32 px at once: ": (train.cli, train_flags),
-        f"{run}: its network: ": (evaluate.cli, [str(run)]),
+        "rank 0: 8 images at 32 px at once: ": (train.main, train_flags),
+        f"{run}: its network: ": (evaluate.main, [str(run)]),
     }
     for start, (command, flags) in tried.items():
         monkeypatch.setattr(sys, "argv", ["fastnet", *flags, "--data", str(tiny_set)])
         with pytest.raises(SystemExit) as ended:
-            command()
+            run_command(command)
         line = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2
         assert line.startswith(f"error: {start}out of memory on cuda:0 (softgpu (no GPU), 80.0 GiB, "), line

@@ -18,7 +18,7 @@ from fastnet.data.prepared import Split, open_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.device import DeviceTrainStream
-from fastnet.input.graph import InputSpec
+from fastnet.input.spec import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.training.placement import place
 from tests.kernels.test_images import test_on_a_gpu as on_a_gpu
