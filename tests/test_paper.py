@@ -101,6 +101,37 @@ def test_the_device_is_that_of_all_steps(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (["sample"], "baseline/best.pt"),
+        (["paper", "--weights", "some.pth", "--weights-partial"], "baseline/best.pt"),
+        (["paper", "--weights", "some.pth"], "some.pth"),
+        (["paper"], None),
+    ],
+    ids=["random", "partial", "whole", "imagenet"],
+)
+def test_what_the_lstm_network_starts_from(
+    flags: list[str], start: str | None, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baseline that was just trained, unless all of ImageNet's weights are there."""
+    asked: list[list[str]] = []
+
+    def begun(line: list[str], ranks: int) -> bool:
+        asked.append(line)
+        return len(asked) == 1
+
+    monkeypatch.setattr(paper, "train", begun)
+    paper.main([*flags, "--data", str(tiny_set), "--out", str(tmp_path)])
+    baseline, lstm = asked
+    given = flags[flags.index("--weights") + 1] if "--weights" in flags else None
+    for line, expected in ((baseline, given), (lstm, start)):
+        found = line[line.index("--weights") + 1] if "--weights" in line else None
+        assert found == (str(tmp_path / expected) if expected and "/" in expected else expected)
+    assert ("--weights-partial" in baseline) == ("--weights-partial" in flags)
+    assert "--weights-partial" not in lstm
+
+
 def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
     told = {
         "--nonsense": "unrecognized arguments: --nonsense (see python -m fastnet.paper --help)",

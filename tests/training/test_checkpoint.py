@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from fastnet.config import Config
 from fastnet.errors import InputError
 from fastnet.network.network import Network
 from fastnet.network.weights import load_backbone
-from fastnet.training.checkpoint import Updates, load, restore
+from fastnet.training.checkpoint import MAY_CHANGE, Updates, load, restore
+from tests.support.paths import REPOSITORY
 from tests.support.tiny import TINY
 
 
@@ -52,6 +54,14 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         content[keys[-1]] = value
 
     return change
+
+
+def test_what_may_change_is_what_the_documentation_says() -> None:
+    text = (REPOSITORY / "docs" / "checkpoints.md").read_text()
+    (listed,) = re.findall(
+        r"These settings may change when a run continues(.*?)\. Any other", text, re.DOTALL
+    )
+    assert {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", listed)} == MAY_CHANGE
 
 
 @pytest.mark.parametrize(

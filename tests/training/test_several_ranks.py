@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastnet.training.checkpoint import load
+from tests.support.ranks import start_ranks
 from tests.support.runs import assert_same_end, events, wait_for_step
 from tests.support.tiny import STEPS, command, kill_again_and_again, run_here, run_ranks
 
@@ -98,3 +100,36 @@ def test_bad_input_ends_every_rank(tiny_set: Path, tmp_path: Path) -> None:
         re.findall(r"exitcode\s*: (\d+)", done.stderr)
     ) <= {"2"}
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+BY_TIME = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from fastnet.config import sample
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import joined
+from fastnet.training.trainer import Trainer
+
+config = replace(sample("baseline"), image_size=32, batch_size=8, epochs=1, threads=1)
+with joined(60, "cpu") as runtime:
+    trainer = Trainer(config, default_set(Path(sys.argv[1])), Path(sys.argv[2]), runtime)
+    trainer.resume()
+    with trainer.resources():
+        trainer.begin_phase()
+        if runtime.is_main:
+            trainer.schedule.last -= 300
+        trainer.train_epoch()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_save_by_the_clock_of_one(tiny_set: Path, tmp_path: Path) -> None:
+    """After the step in which they agreed on it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    ranks = start_ranks([[sys.executable, "-c", BY_TIME, str(tiny_set), str(run)]] * 2)
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert load(run / "last.pt").position.step == 2

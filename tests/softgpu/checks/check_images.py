@@ -22,6 +22,7 @@ from fastnet.input.spec import InputSpec
 from fastnet.input.streams import TrainStream
 from fastnet.training.placement import place
 from tests.kernels.test_images import test_on_a_gpu as on_a_gpu
+from tests.softgpu.trainers import begin, tiny_trainer
 from tests.support.resize import resize_bound
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -121,6 +122,21 @@ class OtherRank(Runtime):
 
     def agree(self) -> AbstractContextManager[None]:  # type: ignore[override]
         return nullcontext()
+
+
+def test_an_averages_batch_norms_see_the_images_of_the_epoch(tiny_set: Path, tmp_path: Path) -> None:
+    """They are streamed beside the decoded set, in the type that DALI makes."""
+    seen = []
+    # On the CPU too DALI makes them, since it erases, although no image is hit.
+    for device, amp, decode, erase in (("cuda", torch.bfloat16, "device", 0.0), ("cpu", None, "cpu", 1e-12)):
+        here: dict[str, Any] = {"decode": decode, "augment": Augment(erase=erase), "average_last": 1}
+        with tiny_trainer("baseline", device, amp, tiny_set, tmp_path, head_epochs=0, **here) as made:
+            begin(made, 0)
+            seen.append([x.cpu() for x in made.inputs.once_more(made.phase, 0, "batch norms")])
+    assert len(seen[0]) == len(seen[1]) == STEPS
+    for mine, theirs in zip(*seen, strict=True):
+        assert mine.dtype == torch.float16 and mine.is_contiguous(memory_format=torch.channels_last)
+        assert ((mine.float() - theirs).abs() <= theirs.abs() * torch.finfo(torch.float16).eps).all()
 
 
 def test_auto_passes_it_over(split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
