@@ -29,6 +29,7 @@ from fastnet.provenance import cpu_name, surroundings
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 QUICK = ROOT.parent / "runs" / "benchmarks"  # of --quick: to look at, not to keep
+AHEAD = 2_000_000  # cycles, a millisecond
 # The GPU's state during the last `alternate`, for the rows that its times go into.
 watched: dict[str, str] = {}
 
@@ -204,8 +205,8 @@ def alternate(
 
     Each candidate runs `warmup` times unmeasured. Then rounds of all of them follow until `seconds` are over, at least
     `least` and at most `most`; each round starts one candidate later in the order. `before` runs ahead of each
-    measurement of a candidate and is not measured; on a GPU its work is still under way when the candidate begins, so
-    that the first kernel does not wait for the host.
+    measurement of a candidate and is not measured. On a GPU a measurement begins behind a millisecond of waiting, so
+    that its first kernel does not wait for the host.
     """
     for candidate in candidates.values():
         for _ in range(warmup):
@@ -222,6 +223,8 @@ def alternate(
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 before(candidates[name])
+                if device.type == "cuda":
+                    torch.cuda._sleep(AHEAD)
                 laps = Laps(device)
                 candidates[name](laps)
                 for lap, value in laps.milliseconds().items():
@@ -232,20 +235,14 @@ def alternate(
 
 
 def flushed(device: torch.device) -> Callable[[Candidate], object]:
-    """For `alternate`: overwrites more than any L2 cache holds, ten times, which takes a millisecond."""
+    """For `alternate`: overwrites more than any L2 cache holds."""
     buffer = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def before(candidate: Candidate) -> None:
-        for _ in range(10):
-            buffer.zero_()
-
-    return before
+    return lambda candidate: buffer.zero_()
 
 
 def warm(candidate: Candidate) -> None:
     """For `alternate`: the candidate's own data are in the caches, and not those of the one before it."""
-    for _ in range(2):
-        candidate(Laps(torch.device("cpu")))
+    candidate(Laps(torch.device("cpu")))
 
 
 class Captured:

@@ -158,11 +158,12 @@ def loader(
     """torch's DataLoader with `threads` worker processes. It draws without end, so there is no gap between epochs."""
     images = make(source.folder, size)
     # Float32 images travel through shared memory; a worker that finds none left is killed by a signal.
-    needed, there = QUEUED * threads * source.batch * 12 * size**2, shutil.disk_usage("/dev/shm").free
-    if LOADERS * needed > there:
+    needed = LOADERS * QUEUED * threads * source.batch * 12 * size**2
+    there = shutil.disk_usage("/dev/shm").total
+    if needed > there:
         raise InputError(
-            f"cannot run: {threads} workers need {needed / 2**30:.1f} GiB of a third of /dev/shm, which has "
-            f"{there / 2**30:.1f}; give the container more with --shm-size, or use fewer --threads"
+            f"cannot run: {LOADERS} loaders with {threads} workers each need {needed / 2**30:.1f} GiB of /dev/shm, "
+            f"which has {there / 2**30:.1f}; give the container more with --shm-size, or use fewer --threads"
         )
     batches = DataLoader(
         images,

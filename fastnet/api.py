@@ -64,7 +64,7 @@ def batches(
     Without `augment`, every image once, in order, resized and cropped as in validation. With it, as in training:
     shuffled, cropped and flipped as (seed, epoch, image) decide, without the last incomplete batch.
     """
-    check_positive(batch_size)
+    _check_batch_size(batch_size)
     chosen = single_process(device).device
     spec = InputSpec(image_size, chosen, torch.float32, resolve_decode(decode, chosen), threads_per_rank())
     if split not in data.splits:
@@ -79,7 +79,7 @@ def batches(
             yield from islice(stream, len(stream))
 
 
-def check_positive(batch_size: int) -> None:
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: must be at least 1")
 
@@ -99,7 +99,7 @@ class TrainedNetwork:
         images: a tensor [N, 3, S, S] as `batches` gives it, with S the run's image size, or paths of image files in
         any of the formats of `inference.images`. Raises InputError for a file that is missing or damaged.
         """
-        check_positive(batch_size)
+        _check_batch_size(batch_size)
         if isinstance(images, Tensor):
             parts = []
             for part in images.split(batch_size):

@@ -399,7 +399,6 @@ def fast(network: str) -> Config:
         head_lr=0.004,
         plateau_delta=0.003,
         layer_decay=0.7,
-        clip_grad=1.0,
         eval_crop=0.875,
         flip_average=True,
     )

@@ -100,7 +100,6 @@ def test_the_device_is_that_of_all_steps(
     assert paper.main(["--data", str(tiny_set), "--out", str(tmp_path / "paper"), *flags])["done"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "start"),
     [
@@ -132,6 +131,7 @@ def test_what_the_lstm_network_starts_from(
     assert "--weights-partial" not in lstm
 
 
+@pytest.mark.slow
 def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
     told = {
         "--nonsense": "unrecognized arguments: --nonsense (see python -m fastnet.paper --help)",

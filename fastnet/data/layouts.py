@@ -49,7 +49,7 @@ def official_layout(tree: Tree, root: str, record: dict[str, Any]) -> Source:
         )
     if unknown := sorted(trained.difference(wnids)):
         raise InputError(
-            f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks; add a line, or remove it"
+            f"{tree.path}: {root}train has class {unknown[0]}, which wnids.txt lacks; name it there, or remove it here"
         )
 
     splits["val"].sort(key=lambda entry: natural(entry.name))

@@ -103,7 +103,9 @@ def _read_listing(file: Path, listing: list[Row]) -> list[str] | None:
 def _check_schema(file: Path, schema: pa.Schema, split: str) -> None:
     names = schema.names
     if names.count("image") != 1 or names.count("label") > 1 or ("label" not in names and split != "test"):
-        raise InputError(f"{file}: needs the columns image and label, has {', '.join(names)}; rename them")
+        raise InputError(
+            f"{file}: needs the columns image and label, has {', '.join(names)}; give it each of them once"
+        )
     image = schema.field("image").type
     fields = {field.name: field.type for field in image} if pa.types.is_struct(image) else {"bytes": image}
     content, path = fields.get("bytes"), fields.get("path")
@@ -145,7 +147,7 @@ def _label(file: Path, number: int | None, classes: list[str] | None, split: str
         return number
     if number >= len(classes):
         raise InputError(
-            f"{file}: it has label {number}, but its metadata names {len(classes)} classes; get it again"
+            f"{file}: it has label {number}, but its metadata names {len(classes)} classes; get the file again"
         )
     return classes[number]
 

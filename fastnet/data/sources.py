@@ -114,10 +114,10 @@ def open_zip(path: Path) -> Tree:
         parts = info.filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
             raise InputError(
-                f"{path}: refused: it names {info.filename!r}, outside the archive; pack it anew"
+                f"{path}: refused: it names {info.filename!r}, outside the archive; pack it again"
             )
         if stat.S_ISLNK(info.external_attr >> 16):
-            raise InputError(f"{path}: refused: {info.filename!r} is a link; pack it anew")
+            raise InputError(f"{path}: refused: {info.filename!r} is a link; pack it again")
         is_folder = not parts[-1]
         parts = [part for part in parts if part not in ("", ".")]  # as in "./train/"
         if not parts or parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
@@ -130,7 +130,7 @@ def open_zip(path: Path) -> Tree:
                 f"{path}: {info.filename!r} is compressed by another method than deflate; zip it again"
             )
         elif name in members:
-            raise InputError(f"{path}: refused: it holds {name!r} more than once; pack it anew")
+            raise InputError(f"{path}: refused: it holds {name!r} more than once; pack it again")
         else:
             members[name] = info
     refuse_overlaps(path, archive)

@@ -215,11 +215,6 @@ class DeviceEvalStream(_DeviceStream):
         inputs = eval_inputs(split.sizes[self._share], spec.image_size, spec.eval_crop)
         upload(self._rows(self._share, inputs), spec.device, self.table)
 
-    @property
-    def images(self) -> int:
-        """In this rank's share."""
-        return len(self._share)
-
     def __len__(self) -> int:
         return -(-len(self._share) // self._batch_size)
 

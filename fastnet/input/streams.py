@@ -255,11 +255,6 @@ class EvalStream(DrawnStream):
         self._share = images[part(len(images), rank, world_size)]
         super().__init__(split, spec, None, seed=0, batch_size=min(batch_size, len(self._share)))
 
-    @property
-    def images(self) -> int:
-        """In this rank's share."""
-        return len(self._share)
-
     def __len__(self) -> int:
         return -(-len(self._share) // self._batch_size)
 

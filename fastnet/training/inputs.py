@@ -63,13 +63,17 @@ class Inputs:
 
     @property
     def batch_sizes(self) -> set[int]:
-        """Of this rank's micro-batches in training and validation."""
+        """Of this rank's micro-batches in training, in validation and in a last look at val."""
         config, runtime = self.config, self.runtime
         share = part(config.batch_size, runtime.rank, runtime.world_size)
         trained = (part(share.stop - share.start, micro, config.parts) for micro in range(config.parts))
-        whole, rest = divmod(self.val.images, self.share)
-        validated = [self.share] * (whole > 0) + [rest] * (rest > 0)
-        return {micro.stop - micro.start for micro in trained}.union(validated)
+        sizes = {micro.stop - micro.start for micro in trained}
+        for images in {self.division.val_images.size, len(self.data.splits["val"])}:
+            mine = part(images, runtime.rank, runtime.world_size)
+            whole, rest = divmod(mine.stop - mine.start, self.share)
+            sizes |= {self.share} if whole else set()
+            sizes |= {rest} if rest else set()
+        return sizes
 
     def open_val(self, split: Split, only: NDArray[np.int64] | None = None) -> EvalStream | DeviceEvalStream:
         """This rank's share of a split, as validation takes it."""

@@ -32,7 +32,7 @@ def prepare_kernels(
         return
     # Kernels differ by how many tiles a batch has. On several ranks, one image settles DDP's buckets.
     alone = {1} if runtime.world_size > 1 else set[int]()
-    sizes = sorted(alone.union(*runtime.gather(list(batch_sizes))))
+    sizes = sorted(alone.union(*runtime.gather(list(batch_sizes))), reverse=True)
     started = time.perf_counter()
     counts: Counter[str] = Counter()
     for mine in turns(runtime):

@@ -42,12 +42,12 @@ def test_too_little_shared_memory_is_a_row_that_says_so(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not a worker that is killed."""
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(free=2**20))
+    usage = namedtuple("usage", "total")
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage(total=2**20))
     source = pipeline.Source(open_set(tiny_set).splits["train"], tmp_path / "train", 8)
     table = Table("pipeline", quick=True)
     pipeline.measure(table, source, 64, 1, CPU, seconds=0, batches=1)
     notes = {row["provider"]: row["note"] for row in table.rows if "note" in row}
     for name in (pipeline.BASELINE, "DataLoader, decode_jpeg"):
-        assert notes[name].startswith("cannot run: 1 workers need 0.0 GiB of a third of /dev/shm")
+        assert notes[name].startswith("cannot run: 3 loaders with 1 workers each need 0.0 GiB of /dev/shm")
     assert any(row["provider"] == "fastnet, decode cpu" and row["p50"] for row in table.rows)

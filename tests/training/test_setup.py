@@ -64,14 +64,20 @@ def test_one_value_is_too_few_for_batch_norm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "parts", "rank", "world", "expected"),
-    [(8, 1, 0, 1, {8, 2}), (9, 2, 0, 1, {5, 4}), (9, 1, 0, 2, {4, 5}), (20, 1, 0, 1, {20, 10})],
+    ("batch", "parts", "rank", "world", "holdout", "expected"),
+    [
+        (8, 1, 0, 1, 0.0, {8, 2}),
+        (9, 2, 0, 1, 0.0, {5, 4}),
+        (9, 1, 0, 2, 0.0, {4, 5}),
+        (20, 1, 0, 1, 0.0, {20, 10}),
+        (8, 1, 0, 1, 0.5, {8, 5, 2}),
+    ],
 )
 def test_the_sizes_for_which_kernels_are_compiled(
-    batch: int, parts: int, rank: int, world: int, expected: set[int], tiny_set: Path
+    batch: int, parts: int, rank: int, world: int, holdout: float, expected: set[int], tiny_set: Path
 ) -> None:
-    """Of training, and of the ten images of validation."""
-    config = Config(image_size=32, batch_size=batch, accumulate=parts, weights="none")
+    """Of training, of the 21 images of a holdout, and of the ten of val."""
+    config = Config(image_size=32, batch_size=batch, accumulate=parts, weights="none", holdout=holdout)
     runtime = Runtime(torch.device("cpu"), rank=rank, world_size=world)
     inputs = Inputs(config, default_set(tiny_set), runtime, {"threads": 1, "decode": "cpu"}, lambda _: None)
     assert inputs.batch_sizes == expected
