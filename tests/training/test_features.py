@@ -316,12 +316,12 @@ def test_whatever_changes_the_numbers_changes_the_folder(tiny_set: Path) -> None
     data, cpu = default_set(tiny_set), torch.device("cpu")
     first = Config(image_size=32, weights="none", cache_features=1)
 
-    def folder(config: Config = first, frozen: str = "conv4", runtime: Runtime = Runtime(cpu)) -> Path:  # noqa: B008
+    def folder(config: Config = first, frozen: str = "conv4", amp: torch.dtype | None = None) -> Path:
         torch.manual_seed(0)
         network = Network(config, 3)
         network.freeze(frozen)
         division = divide(data, config.holdout)
-        return features.FrozenFeatures(config, data, division, network, runtime, [0]).folder
+        return features.FrozenFeatures(config, data, division, network, Runtime(cpu, amp=amp), [0]).folder
 
     changes: list[dict[str, Any]] = [
         {"seed": 1},
@@ -333,7 +333,7 @@ def test_whatever_changes_the_numbers_changes_the_folder(tiny_set: Path) -> None
         {"stem": "small"},
         *({"augment": augment} for augment in (Augment(min_crop=0.5), Augment(flip=0.0), Augment("jitter"))),
     ]
-    found = [folder(), folder(frozen="conv3"), folder(runtime=Runtime(cpu, amp=torch.bfloat16))]
+    found = [folder(), folder(frozen="conv3"), folder(amp=torch.bfloat16)]
     found += [folder(replace(first, **change)) for change in changes]
     assert len(set(found)) == len(found)
     assert found[0] == folder(replace(first, batch_size=8, lr=0.5, cache_features=3, epochs=2))
