@@ -15,6 +15,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _at_once(config: Config, runtime: Runtime) -> str:
     auto = config.accumulate == "auto"
-    images = -(-config.batch_size // (runtime.world_size * (1 if auto else config.parts)))
+    images = (replace(config, accumulate=1) if auto else config).micro_batch(runtime.world_size)
     how = "in the parts of --accumulate auto" if auto else "at once"
     return f"rank {runtime.rank}: {images} images at {config.image_size} px {how}"
 

@@ -70,9 +70,9 @@ class Inputs:
         sizes = {micro.stop - micro.start for micro in trained}
         for images in {self.division.val_images.size, len(self.data.splits["val"])}:
             mine = part(images, runtime.rank, runtime.world_size)
-            whole, rest = divmod(mine.stop - mine.start, self.share)
-            sizes |= {self.share} if whole else set()
-            sizes |= {rest} if rest else set()
+            sizes.update(
+                min(self.share, mine.stop - first) for first in range(mine.start, mine.stop, self.share)
+            )
         return sizes
 
     def open_val(self, split: Split, only: NDArray[np.int64] | None = None) -> EvalStream | DeviceEvalStream:
