@@ -11,27 +11,13 @@ Shapes: B images, S image size, H and W of one image, K taps of a filter.
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-
-def jit(**options: Any) -> Callable[[Callable], Any]:
-    """numba's compiler, without the interpreter's lock. It keeps what it compiles where there is a place for it."""
-
-    def compiler(function: Callable) -> Any:
-        try:
-            return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # neither this folder nor the user's cache is writable
-            return njit(nogil=True, error_model="numpy", **options)(function)
-
-    return compiler
+from fastnet.jit import compile_for, jit
 
 
 @jit()
@@ -146,15 +132,12 @@ def make_images(
 
 @cache
 def compiled() -> Any:
-    """`make_images`, ready. Says on stderr how long compiling took, where it was not found in numba's cache."""
-    began = time.perf_counter()
+    """`make_images`, compiled."""
     pixels, ends = np.zeros(3, np.uint8), np.ones((1, 2), np.float32)
     pixels.flags.writeable = False
     three, mirror = np.ones(3, np.float32), np.zeros(1, np.int32)
     starts, sizes = np.zeros(1, np.int64), np.ones((1, 2), np.int32)
     x = np.empty((1, 1, 1, 3), np.float32)
-    make_images(pixels, starts, sizes, ends - 1, ends, mirror, three, three, x)
-    if make_images.stats.cache_hits.total() == 0:
-        seconds = time.perf_counter() - began
-        print(f"data: compiled the pass over images in {seconds:.1f} s", file=sys.stderr, flush=True)
+    arguments = (pixels, starts, sizes, ends - 1, ends, mirror, three, three, x)
+    compile_for(make_images, *arguments, what="the pass over images")
     return make_images

@@ -1,6 +1,6 @@
-"""3x3 convolutions of small maps on a CPU, as products of matrices.
+"""3x3 convolutions on a CPU: small maps as products of matrices, larger ones with Winograd's gradient of the weight.
 
-`python -m benchmarks.convolution` times them beside oneDNN's convolutions.
+`python -m benchmarks.convolution` times both beside oneDNN's convolutions.
 
 Shapes: B images, C and D channels in and out, H and W height and width of the input, h and w of the output.
 """
@@ -13,16 +13,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from fastnet.network import winograd
 
 # Positions of the output, h * w, up to which the product is taken. conv5 has 4 for images of 64 px, 16 for 128 px.
 SMALL = {torch.float32: 4, torch.bfloat16: 16}
+# Instructions for which oneDNN computes the weight's gradient more slowly, and how many tiles a batch has to have.
+SLOW = ("AVX2",)
+ENOUGH = 128
 
 
-class MatrixConv2d(nn.Conv2d):
+class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with padding 1 and without a bias, whose weight is `conv`'s own.
 
-    On a CPU, small maps are convolved by `product`. In all other cases, and in what is compiled or exported, it is the
-    convolution that it was made of.
+    On a CPU, small maps are convolved by `product`, and `has_winograd` says where the weight's gradient is Winograd's.
+    In all other cases, and in what is compiled or exported, it is the convolution that it was made of.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -33,11 +40,52 @@ class MatrixConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, D, h, w], both channels_last."""
-        height, width = output_size(x, self.stride[0])
-        small = height * width <= SMALL.get(x.dtype, 0)
-        if x.device.type != "cpu" or not small or torch.compiler.is_compiling():
-            return super().forward(x)
-        return product(x, self.weight, self.stride[0])
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            height, width = output_size(x, self.stride[0])
+            if height * width <= SMALL.get(x.dtype, 0):
+                return product(x, self.weight, self.stride[0])
+            if self.has_winograd(x):
+                return convolve(x, self.weight)
+        return super().forward(x)
+
+    def has_winograd(self, x: Tensor) -> bool:
+        """Whether the weight's gradient is taken, and faster, by Winograd's algorithm."""
+        tiles = winograd.tiles_of(x.shape[2], x.shape[3])
+        return (
+            torch.backends.cpu.get_cpu_capability() in SLOW
+            and torch.is_grad_enabled()
+            and self.weight.requires_grad
+            and x.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and self.stride == (1, 1)
+            and self.in_channels % 32 == 0  # its transforms compute with vectors of channels
+            and 16 * tiles <= 2 * x.shape[2] * x.shape[3]  # not mostly padding
+            and tiles * len(x) >= ENOUGH
+        )
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution with stride 1 and padding 1; the weight's gradient is by Winograd's algorithm.
+
+    x: [B, C, H, W] and weight: [D, C, 3, 3], both float32 and channels_last -> [B, D, H, W], channels_last.
+    """
+    y: Tensor = _WithWinograd.apply(x, weight)
+    return y
+
+
+class _WithWinograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = conv2d_input(x.shape, weight, dy, padding=1) if ctx.needs_input_grad[0] else None
+        return dx, winograd.weight_gradient(x, dy)
 
 
 def product(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -99,9 +147,9 @@ def output_size(x: Tensor, stride: int) -> tuple[int, int]:
     return (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
 
 
-def multiply_small_maps(module: nn.Module) -> None:
-    """Replaces the 3x3 convolutions in `module`, a ResNet, by MatrixConv2d, which take their weights and names."""
+def replace_convolutions(module: nn.Module) -> None:
+    """Replaces the 3x3 convolutions in `module`, a ResNet, by Conv3x3, which take their weights and names."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and child.padding == (1, 1):
-                setattr(parent, name, MatrixConv2d(child))
+                setattr(parent, name, Conv3x3(child))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastnet.config import Config, stage_channels
 from fastnet.errors import InputError
-from fastnet.network.convolution import multiply_small_maps
+from fastnet.network.convolution import replace_convolutions
 from fastnet.profiling import span
 from fastnet_kernels import ChannelGroupLSTM, op
 
@@ -46,7 +46,7 @@ class Network(nn.Module):
         for stage, layer in LAYERS.items():
             if stage > self.stages[-1]:
                 delattr(resnet, layer)
-        multiply_small_maps(resnet)
+        replace_convolutions(resnet)
         self.backbone = resnet
         self.lstm: ChannelGroupLSTM | None = None
         if config.network == "lstm":

@@ -1,0 +1,33 @@
+"""Functions compiled by numba."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+
+
+def jit(**options: Any) -> Callable[[Callable], Any]:
+    """numba's compiler, without the interpreter's lock. It keeps what it compiles where there is a place for it."""
+
+    def compiler(function: Callable) -> Any:
+        try:
+            return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
+        except RuntimeError:  # neither the function's folder nor the user's cache is writable
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compiler
+
+
+def compile_for(function: Any, *arguments: Any, what: str) -> None:
+    """Calls a function of `jit`, which compiles it for such arguments.
+
+    Says on stderr how long that took, unless it was found in numba's cache.
+    """
+    began = time.perf_counter()
+    function(*arguments)
+    if function.stats.cache_hits.total() == 0:
+        print(f"compiled {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
