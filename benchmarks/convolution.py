@@ -1,4 +1,4 @@
-"""When are a network's own convolutions faster?  python -m benchmarks.convolution  (three minutes on two cores)
+"""When are a network's own convolutions faster?  python -m benchmarks.convolution  (five minutes on two cores)
 
 The 3x3 convolutions of ResNet-18 on the CPU, forward and backward, as nn.Conv2d, as the product of matrices that
 fastnet.network.convolution takes on small maps, here timed on all of conv5's, and, in float32, with the gradient of the

@@ -56,12 +56,12 @@ def tiles_of(height: int, width: int) -> int:
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """x: [B, C, H, W] and dy: [B, D, H, W], both float32 and channels_last -> [D, C, 3, 3], channels_last."""
-    x, dy = (t.detach().permute(0, 2, 3, 1) for t in (x, dy))  # [B, H, W, C or D]
+    x, dy = (t.detach().permute(0, 2, 3, 1).contiguous() for t in (x, dy))  # [B, H, W, C or D]
     count, (c, d) = tiles_of(x.shape[1], x.shape[2]), (x.shape[3], dy.shape[3])
-    sums = torch.zeros(36, d, c)
-    images = max(1, max(PART, 4 * sums.numel()) // (4 * 36 * count * (c + d)))
-    inputs = torch.empty(min(images, len(x)) * count, 36, c)
-    gradients = torch.empty(min(images, len(x)) * count, 36, d)
+    sums = x.new_zeros(36, d, c)
+    images = max(torch.get_num_threads(), max(PART, 4 * sums.numel()) // (4 * 36 * count * (c + d)))
+    inputs = x.new_empty(min(images, len(x)) * count, 36, c)
+    gradients = x.new_empty(min(images, len(x)) * count, 36, d)
     for some_x, some_dy in zip(x.split(images), dy.split(images), strict=True):
         n = len(some_x) * count
         transform(transforms(c)[0], some_x, inputs[:n], count)
@@ -110,8 +110,9 @@ def make_transform(channels: int, size: int) -> Any:
     step, row, margin, six = U(channels), U(size * channels), (size - 4) // 2, size == 6
     to_row, to_tile = U(6 * channels), U(36 * channels)
 
-    @jit(**OPTIONS)
     def fill(images: NDArray[np.float32], tiles: NDArray[np.float32]) -> None:
+        if images.shape[3] != channels:
+            raise ValueError("a transform for another number of channels")
         count, height, width = images.shape[:3]
         pixels, to = images.reshape(images.size), tiles.reshape(tiles.size)
         patch = np.empty(size * size * channels, np.float32)
@@ -141,7 +142,9 @@ def make_transform(channels: int, size: int) -> Any:
                             times_a(half, i * row, step, to, tile + i * to_row, step, step)
                     tile += to_tile
 
-    return fill
+    # numba's cache has one index for each name, which ranks that start together would write at the same time.
+    fill.__qualname__ = f"fill_{size}_{channels}"
+    return jit(**OPTIONS)(fill)
 
 
 @jit(inline="always", **OPTIONS)
