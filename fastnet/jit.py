@@ -30,4 +30,4 @@ def compile_for(function: Any, *arguments: Any, what: str) -> None:
     began = time.perf_counter()
     function(*arguments)
     if function.stats.cache_hits.total() == 0:
-        print(f"compiled {what} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        print(f"{what} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)

@@ -139,5 +139,5 @@ def compiled() -> Any:
     starts, sizes = np.zeros(1, np.int64), np.ones((1, 2), np.int32)
     x = np.empty((1, 1, 1, 3), np.float32)
     arguments = (pixels, starts, sizes, ends - 1, ends, mirror, three, three, x)
-    compile_for(make_images, *arguments, what="the pass over images")
+    compile_for(make_images, *arguments, what="data: compiled the pass over images")
     return make_images

@@ -16,6 +16,7 @@ Shapes: B images, C and D channels in and out, H and W height and width of input
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -39,8 +40,8 @@ G = torch.tensor(
     ],
     dtype=torch.float64,
 )
-# The tiles of some images are in memory at a time: as large as the sums, and small enough for the caches if those are.
-PART = 2**21  # bytes
+# Tiles of so many images are in memory at a time as take this many bytes, or as many as the sums if those take more.
+PART = 2**21
 
 # Unsigned, as numba would ask of every other index whether it counts from the end.
 U = np.uintp
@@ -59,7 +60,7 @@ def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     x, dy = (t.detach().permute(0, 2, 3, 1).contiguous() for t in (x, dy))  # [B, H, W, C or D]
     count, (c, d) = tiles_of(x.shape[1], x.shape[2]), (x.shape[3], dy.shape[3])
     sums = x.new_zeros(36, d, c)
-    images = max(torch.get_num_threads(), max(PART, 4 * sums.numel()) // (4 * 36 * count * (c + d)))
+    images = images_at_once(count, c, d)
     inputs = x.new_empty(min(images, len(x)) * count, 36, c)
     gradients = x.new_empty(min(images, len(x)) * count, 36, d)
     for some_x, some_dy in zip(x.split(images), dy.split(images), strict=True):
@@ -72,6 +73,12 @@ def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     return dw.permute(2, 0, 1, 3).contiguous().permute(0, 3, 1, 2)
 
 
+def images_at_once(count: int, c: int, d: int) -> int:
+    """Of how many images, of `count` tiles each, the tiles are in memory at a time. At least one a thread."""
+    space = max(PART, 4 * 36 * c * d)  # bytes, at least those of the sums
+    return max(torch.get_num_threads(), space // (4 * 36 * count * (c + d)))
+
+
 def transform(function: Any, images: Tensor, tiles: Tensor, count: int) -> None:
     """Fills tiles [B * count, 36, C] of images [B, H, W, C], in as many threads as torch computes with."""
     threads = min(torch.get_num_threads(), len(images))
@@ -80,15 +87,15 @@ def transform(function: Any, images: Tensor, tiles: Tensor, count: int) -> None:
         (images[first:last].numpy(), tiles[first * count : last * count].numpy())
         for first, last in pairwise(ends)
     ]
-    others = [pool(threads - 1).submit(function, *part) for part in parts[1:]]
+    others = [pool().submit(function, *part) for part in parts[1:]]
     function(*parts[0])
     for other in others:
         other.result()
 
 
 @cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "winograd")
+def pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "winograd")
 
 
 @cache
@@ -97,7 +104,7 @@ def transforms(channels: int) -> tuple[Any, Any]:
     functions = make_transform(channels, 6), make_transform(channels, 4)
     images, tiles = np.zeros((1, 4, 4, channels), np.float32), np.zeros((1, 36, channels), np.float32)
     for function in functions:
-        compile_for(function, images, tiles, what=f"a transform of {channels} channels")
+        compile_for(function, images, tiles, what=f"network: compiled a transform of {channels} channels")
     return functions
 
 
