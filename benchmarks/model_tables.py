@@ -42,7 +42,7 @@ def resources(rows: Sequence[Mapping[str, str]]) -> str:
     body = []
     for where in unique(r["where"] for r in rows if r["quantity"] == "registers"):
         registers = (f"{value[kernel, where, 'registers']:.0f}" for kernel in both)
-        shared = (f"{value[kernel, where, 'shared bytes'] / 1024:.1f} KB" for kernel in both)
+        shared = (f"{value[kernel, where, 'shared bytes'] / 1024:.1f} KiB" for kernel in both)
         body.append([where, *registers, *shared])
     heads = [f"{quantity}, {plain(kernel)}" for quantity in ("registers", "shared memory") for kernel in both]
     return markdown(["", *heads], body)

@@ -56,7 +56,7 @@ from fastnet.training.trainer import Trainer
 
 EPOCH, LIMIT, PLAIN = "fastnet, epoch", "fastnet, resident batch", "plainly written"
 KEPT, KEPT_BATCHES = "fastnet, kept features", 16
-KEYS = ("network", "phase", "image_size", "batch", "threads", "device", "quantity")
+KEYS = ("set", "network", "phase", "image_size", "batch", "threads", "device", "quantity")
 
 
 def in_turn(
@@ -229,6 +229,7 @@ def scaling(table: Table, data: PreparedSet, *, quick: bool, threads: int) -> No
             rates[n].append(trained_rate(data, n, size, share, steps=steps))
     device = "cuda" if cuda else "cpu"
     case = {
+        "set": data.hash[:12],
         "network": "lstm",
         "phase": "full",
         "image_size": size,
@@ -291,8 +292,8 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Source(data.splits["train"], Path(folder), batch=0)  # each case's own
         for network, phase, size, batch in cases(runtime, quick=args.quick):
-            case = {"network": network, "phase": phase, "image_size": size, "batch": batch}
-            case |= {"threads": args.threads, "device": runtime.device.type}
+            case = {"set": data.hash[:12], "network": network, "phase": phase, "image_size": size}
+            case |= {"batch": batch, "threads": args.threads, "device": runtime.device.type}
             source.batch = batch
             measure(table, data, source, case, runtime, seconds=2 if args.quick else 40)
             if args.quick:  # what ends it at a limit leaves the cases before

@@ -183,9 +183,9 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except MemoryFullError as error:
-        fail(str(error), debug="--debug" in argv, say=not error.told)
+        fail(error, debug="--debug" in argv, say=not error.told)
     except InputError as error:
-        fail(str(error), debug="--debug" in argv)
+        fail(error, debug="--debug" in argv)
     except LostError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -194,22 +194,23 @@ def run_command(main: Callable[[Sequence[str]], dict[str, Any] | None]) -> NoRet
         line = told(error, "the output directory")
         if line is None:
             raise
-        fail(str(line), debug="--debug" in argv)
+        fail(line, debug="--debug" in argv)
     sys.exit(1 if result is not None and not result.get("ok", True) else 0)
 
 
-def fail(message: str, *, debug: bool, say: bool | None = None) -> NoReturn:
+def fail(error: InputError, *, debug: bool, say: bool = True) -> NoReturn:
     """Prints one line on stderr (after the traceback with `debug`) and exits with code 2.
 
-    `say`: whether this rank prints the line; by default rank 0 does.
+    `say`: whether this rank prints the line, if it is one of those in `error.told_by`.
     """
     if debug:
         traceback.print_exc()
-    if is_main_rank() if say is None else say:
-        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    first = {"run": is_main_rank(), "host": os.environ.get("LOCAL_RANK", "0") == "0", "rank": True}
+    if say and first[error.told_by]:
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
 def is_main_rank() -> bool:
-    """Ranks share their results and their bad input, so rank 0 prints them for all."""
+    """Ranks share their results, so rank 0 prints them for all."""
     return os.environ.get("RANK", "0") == "0"

@@ -8,13 +8,26 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Bad input. The message is one line that names what is wrong and what to do."""
+    """Bad input. The message is one line that names what is wrong and what to do.
+
+    `told_by` says which ranks print it: "run" rank 0 for all, "host" the first one of each host, "rank" the one that
+    raises it. Before the ranks meet, no host knows of the others'.
+    """
+
+    told_by = "host"
+
+
+class ImageError(InputError):
+    """An image that cannot be read. Of several ranks, only the one that reads it knows."""
+
+    told_by = "rank"
 
 
 class MemoryFullError(InputError):
     """The memory of a rank's device does not hold what it was to do; where several ranks fail so, the first one to
     notice says it for all (`told` is True for the others)."""
 
+    told_by = "rank"
     told = False
 
 

@@ -27,6 +27,7 @@ from fastnet.distributed.lock import run_lock
 from fastnet.distributed.memory import memory_for
 from fastnet.distributed.ranks import Runtime, agreed_precision, joined
 from fastnet.settings import as_toml, meeting_of, settings_of
+from fastnet.training.setup import check_alike
 from fastnet.training.trainer import Trainer
 
 REMEDY = (
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             config = settings_of(given, data.source["kind"])
             if config.deterministic:
                 make_deterministic()
+        check_alike(config, data, runtime)
         runtime.amp = agreed_precision(config.precision, runtime)
         run_dir = given["run_dir"] or Path("runs") / config.network
         with (

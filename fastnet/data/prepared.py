@@ -22,7 +22,7 @@ import pyarrow as pa
 from msgspec import Meta
 
 from fastnet.data.image import MAX_PIXELS, BadImage, Examiner, check_header
-from fastnet.errors import InputError, unreadable
+from fastnet.errors import ImageError, InputError, unreadable
 
 FORMAT = 1
 SPLITS = ("train", "val", "test")
@@ -122,7 +122,7 @@ class Split:
     def jpeg(self, i: int) -> np.ndarray:
         """The encoded bytes of image `i`: a read-only uint8 view of the mapped file, no copy.
 
-        Raises InputError, by the image's name, if its header does not give the size in `sizes`: what crops by a
+        Raises ImageError, by the image's name, if its header does not give the size in `sizes`: what crops by a
         wrong size reads beyond the image. Each image is checked the first time it is asked for.
         """
         begin, end = self.bounds[i]
@@ -131,7 +131,7 @@ class Split:
             try:
                 components = check_header(image.tobytes(), *self.sizes[i].tolist())
             except BadImage as error:
-                raise InputError(f"{self.path}: {self.names[i]} {error}") from error
+                raise ImageError(f"{self.path}: {self.names[i]} {error}") from error
             self._checked[i] = min(components, 254) + 1
         return image
 
@@ -140,12 +140,12 @@ class Split:
         return self._checked[i] - 1
 
     def refuse_undecodable(self, index: Iterable[int]) -> None:
-        """Raises InputError for the first of these images that cannot be decoded, since DALI's error names none."""
+        """Raises ImageError for the first of these images that cannot be decoded, since DALI's error names none."""
         examine = Examiner()
         for i in index:
             (found,) = examine([self.jpeg(i).tobytes()])
             if isinstance(found, BadImage):
-                raise InputError(f"{self.path}: {self.names[i]} {found}")
+                raise ImageError(f"{self.path}: {self.names[i]} {found}")
 
     @cached_property
     def _checked(self) -> bytearray:
@@ -220,7 +220,7 @@ def read_meta(path: Path) -> SetMeta:
         raise unreadable(error, file) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(file, str(error)) from error
-    if "train" not in meta.splits or not set(meta.splits) <= set(SPLITS):
+    if not {"train", "val"} <= set(meta.splits) <= set(SPLITS):
         raise damaged(file, f"its splits are {', '.join(meta.splits)}")
     if len(set(meta.classes)) < len(meta.classes) or len(meta.words) != len(meta.classes):
         raise damaged(file, "its classes are not distinct, or not as many as its words")

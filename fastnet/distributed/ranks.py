@@ -87,6 +87,7 @@ class Runtime:
             own.__cause__ = error
         problem = self.first_of(str(own) if own else None)
         if own:
+            own.told_by = "run"
             raise own
         if problem:
             raise InputError(problem)
@@ -147,7 +148,9 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
             leave.pop_all()
             error.told = runtime.store is not None and runtime.store.add(MEMORY_FULL, 1) > 1
             raise
-        except InputError:
+        except InputError as error:
+            if error.told_by == "host":
+                error.told_by = "run"
             raise
         except BaseException as error:
             leave.pop_all()

@@ -95,8 +95,9 @@ def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
     there = machine_memory()
     if needed > there / 2:
         raise InputError(
-            f"--batch-size {batch_size}: batches of the largest images take {needed / 2**30:.1f} GiB decoded, of "
-            f"{there / 2**30:.1f} GiB here; use a smaller batch, or prepare smaller images"
+            f"--batch-size: batches of the {batch_size} largest images take {needed / 2**30:.1f} GiB decoded, of "
+            f"{there / 2**30:.1f} GiB here; use a smaller batch, in training a larger --accumulate, or prepare smaller "
+            "images"
         )
 
 
@@ -122,8 +123,8 @@ class _Stream:
         self, split: Split, spec: InputSpec, names: tuple[str, ...], policy: str, largest: int
     ) -> None:
         check_image_size(spec.image_size)
-        resolve_decode(spec.decode, spec.device)
-        check_memory(split.sizes, largest)
+        if resolve_decode(spec.decode, spec.device) != "raw":
+            check_memory(split.sizes, largest)
         self._split, self._spec = split, spec
         self._source: HostBatches | DaliBatches | None
         if spec.device.type == "cpu" and policy == "none" and "erase_start" not in names:

@@ -33,7 +33,10 @@ def load_backbone(network: Network, depth: int, weights: str, *, partial: bool =
         return f"--weights {weights}: took {len(fitting)} tensors, left at random: {left}"
     for name, problem in problems.items():
         if problem:
-            raise InputError(f"--weights {weights}: {name} {problem}; give the weights of a ResNet-{depth}")
+            cure = "" if partial else ", or --weights-partial to start what does not fit at random"
+            raise InputError(
+                f"--weights {weights}: {name} {problem}; give the weights of a ResNet-{depth}{cure}"
+            )
     if missing:
         raise InputError(
             f"--weights {weights}: has no tensor {missing[0]}; give the weights of a ResNet-{depth}, or "

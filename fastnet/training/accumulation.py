@@ -62,10 +62,11 @@ def choose_parts(
         return {"accumulate": 1, "accumulate_reason": "a CPU's memory is not tried"}
     with runtime.agree():
         trial = Trial(config, data, network, average, runtime, chosen)
+    compiles = any(runtime.gather(trial.backend == "triton"))
     parts, most = 1, max(1, config.batch_size // runtime.world_size // fewest_images(config))
     while True:
         fits, reason = False, ""
-        for mine in turns(runtime) if trial.backend == "triton" else (True,):
+        for mine in turns(runtime) if compiles else (True,):
             with runtime.agree():
                 if mine:
                     fits, reason = trial.fits(parts, last=parts == most)

@@ -39,7 +39,8 @@ class Updates(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """What last.pt and best.pt hold, besides the number of their format. Tensors are in `model` and `optimizer`.
+    """What last.pt and best.pt hold, besides the number of their format. Tensors are in `model`, `optimizer`
+    and `average`.
 
     `optimizer` is None between two phases. `position` says how far the run is. `average` has the average of `model` in
     a run with --ema, or with --average-last once there is one.
@@ -67,8 +68,9 @@ class Checkpoint:
 
 KEYS = {"format", *(field.name for field in fields(Checkpoint) if field.default is MISSING)}
 
-# Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Device,
-# decoder, LSTM backend, compiler and threads change the last bits of the arithmetic, not what is computed.
+# Settings that may differ when a run continues. They decide where, how long and how closely watched it trains. Decoder,
+# LSTM backend, compiler and threads change the last bits of the arithmetic, not what is computed; another device may
+# have another precision for --precision auto.
 MAY_CHANGE = {
     "max_steps",
     "checkpoint_every",
@@ -185,9 +187,7 @@ def load(path: Path) -> Checkpoint:
     try:
         content = read_stored(path)
     except Unreadable as error:
-        raise InputError(
-            f"{path}: damaged, not a readable checkpoint ({error}); remove it or restore it from a copy"
-        ) from error
+        raise InputError(f"{path}: damaged, not a readable checkpoint ({error}); {remedy(path)}") from error
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise InputError(f"{path}: a PyTorch file, but not a fastnet checkpoint; give another run directory")
     if content["format"] != FORMAT:
@@ -200,17 +200,25 @@ def load(path: Path) -> Checkpoint:
             raise InputError(f"it has {len(saved.words)} words for {len(saved.classes)} classes")
         return saved
     except (msgspec.ValidationError, InputError) as error:
-        raise InputError(f"{path}: damaged: {error}; remove it or restore it from a copy") from error
+        raise InputError(f"{path}: damaged: {error}; {remedy(path)}") from error
+
+
+def remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint."""
+    if path.name == "last.pt" and path.with_name("best.pt").exists():
+        return "restore it from a copy, or remove it to continue from best.pt"
+    return "restore it from a copy, or remove it"
 
 
 def load_last(run_dir: Path, config: Config, data: PreparedSet) -> Checkpoint | None:
-    """The run's last checkpoint, None if there is none yet.
+    """The run's last checkpoint, or its best one where only that is left; None if there is none yet.
 
     Raises InputError for a checkpoint of another configuration or other data, or one that is nowhere in this run.
     """
-    path = run_dir / "last.pt"
-    if not path.exists():
+    found = [path for path in (run_dir / "last.pt", run_dir / "best.pt") if path.exists()]
+    if not found:
         return None
+    path = found[0]
     saved = load(path)
     may_change = MAY_CHANGE
     if config.accumulate == "auto":  # the number that the run began with
@@ -230,9 +238,9 @@ def load_last(run_dir: Path, config: Config, data: PreparedSet) -> Checkpoint | 
     steps, phases = len(data.splits["train"]) // config.batch_size, len(plan(config))
     state = saved.position
     if not state.done and state.phase >= phases:
-        raise InputError(f"{path}: damaged: it is in phase {state.phase} of {phases}; remove it")
+        raise InputError(f"{path}: damaged: it is in phase {state.phase} of {phases}; {remedy(path)}")
     if state.step_in_epoch > steps:
-        raise InputError(f"{path}: damaged: it is in step {state.step_in_epoch} of {steps}; remove it")
+        raise InputError(f"{path}: damaged: it is in step {state.step_in_epoch} of {steps}; {remedy(path)}")
     return saved
 
 
@@ -269,6 +277,4 @@ def restore(
                     if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
                         raise ValueError("its state is not that of these parameters")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: damaged: the optimiser does not fit ({error}); remove it or restore it from a copy"
-        ) from error
+        raise InputError(f"{path}: damaged: the optimiser does not fit ({error}); {remedy(path)}") from error

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -119,7 +120,9 @@ class FrozenFeatures:
         Raises InputError if a disk has no room for them, before the first one.
         """
         files = self.files()
-        seen = self.runtime.gather([path.name for path in files if not path.exists()])
+        seen = self.runtime.gather(
+            [path.name for path, (*_, images) in files.items() if not self._is_whole(path, len(images))]
+        )
         if not any(seen):
             return True
         sharing = ranks_sharing(self.folder.parent, self.runtime)
@@ -139,6 +142,11 @@ class FrozenFeatures:
         )
         self.network.train(training)
         return done
+
+    def _is_whole(self, path: Path, images: int) -> bool:
+        """Whether a file is there with all its bytes, which one that was copied from elsewhere may lack."""
+        size = len(self._header(images)) + images * self.row * 2
+        return path.is_file() and path.stat().st_size == size
 
     def _check_room(self, images: int) -> None:
         needed, parent = images * self.row * 2, self.data.path
@@ -186,12 +194,17 @@ class FrozenFeatures:
 
     def _write(self, path: Path, batches: Iterable[Batch], images: int) -> None:
         full = "free some space, or use fewer draws with --cache-features"
-        header = {"descr": "<f2", "fortran_order": False, "shape": (images, self.row)}
         # Written and not mapped: where the disk fills up, writing fails, and a mapped page kills the process.
         with atomic_write(path, full=full) as beside, beside.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(self._header(images))
             for x, *_ in batches:
                 file.write(self._rows(x).data)
+
+    def _header(self, images: int) -> bytes:
+        buffer = io.BytesIO()
+        shape = {"descr": "<f2", "fortran_order": False, "shape": (images, self.row)}
+        np.lib.format.write_array_header_1_0(buffer, shape)
+        return buffer.getvalue()
 
     def _rows(self, x: Tensor) -> NDArray[np.float16]:
         """Images [B, 3, S, S] -> [B, R]: each output in the order of its memory, which is [H, W, C]."""

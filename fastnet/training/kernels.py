@@ -28,7 +28,8 @@ def prepare_kernels(
     Collective. Raises InputError where Triton cannot compile.
     """
     needed = backend == "triton" or isinstance(stream, DeviceTrainStream)
-    if not needed or runtime.device.type != "cuda":
+    # GPUs of several generations may differ in what computes the LSTMs.
+    if not any(runtime.gather(needed and runtime.device.type == "cuda")):
         return
     # Kernels differ by how many tiles a batch has. On several ranks, one image settles DDP's buckets.
     alone = {1} if runtime.world_size > 1 else set[int]()
@@ -37,7 +38,7 @@ def prepare_kernels(
     counts: Counter[str] = Counter()
     for mine in turns(runtime):
         with runtime.agree():
-            if mine:
+            if mine and needed:
                 counts = compile_kernels(config, runtime, backend, stream, sizes)
     runtime.say(
         f"Triton kernels: {counts['compiled']} compiled, {counts['found']} found in {warmup.cache_dir()}, "

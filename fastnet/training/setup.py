@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import torch
 
-from fastnet.config import Config
+from fastnet.config import Config, first_change
+from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.device import has_bf16, threads_per_rank
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.network.network import lstm_backend
 from fastnet.provenance import machine_memory
 from fastnet.training.phases import plan
+
+# Settings in which ranks may differ: rank 0 alone reads the weights.
+OF_A_RANK = {"threads", "weights"}
+
+
+def check_alike(config: Config, data: PreparedSet, runtime: Runtime) -> None:
+    """Raises InputError, on every rank, where ranks have other settings or another set than rank 0: commands are typed,
+    and sets copied, on each host. Collective."""
+    where = f"rank {runtime.rank} on {socket.gethostname()}"
+    (first, main_config, main_hash), *others = runtime.gather((where, config, data.hash))
+    for other, its_config, its_hash in others:
+        if its_hash != main_hash:
+            raise InputError(f"--data: {other} has another set than {first}; prepare it once, and copy it")
+        changed = first_change(main_config, its_config, OF_A_RANK)
+        if changed:
+            flag, one, another = changed
+            raise InputError(f"{flag} {one}: {other} has {flag} {another}; give all ranks the same")
 
 
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Trainer:
                 if self.runtime.is_main:
                     close_session(self.run_dir, self.state)
             self.say(f"already done up to step {self.state.step}; give another --run-dir to train anew")
-            return outcome(self.run_dir, self.state)
+            return self.outcome()
         with self.resources():
             while not self.state.done:
                 if not self.begin_phase() or not self.train_epoch():
@@ -94,7 +94,7 @@ class Trainer:
             self.finish()
             if not self.state.done:
                 self.runtime.say(f"stopped after --max-steps {self.config.max_steps}, all saved")
-        return outcome(self.run_dir, self.state)
+        return self.outcome()
 
     def resume(self) -> None:
         """Takes up the run's last checkpoint, or the weights that --weights names where there is none."""
@@ -103,6 +103,8 @@ class Trainer:
             if self.runtime.is_main:
                 saved = checkpoint.load_last(self.run_dir, self.config, self.data)
         self.saved = self.runtime.from_main(saved)
+        if self.saved and not (self.run_dir / "last.pt").exists():
+            self.say("there is no last.pt; best.pt is taken")
         with self.runtime.agree():
             if self.saved:
                 checkpoint.load_model(self.network, self.run_dir / "last.pt", self.saved.model)
@@ -285,7 +287,7 @@ class Trainer:
         self.finish()
         self.stop_signal.check_own(self.state.step)
         self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")
-        return outcome(self.run_dir, self.state)
+        return self.outcome()
 
     # --- what it is made of
 
@@ -398,6 +400,14 @@ class Trainer:
         with self.runtime.agree():
             if self.runtime.is_main:
                 add_to_session(self.run_dir, **facts)
+
+    def outcome(self) -> dict[str, Any]:
+        """The command's result, as rank 0 finds it in the run directory."""
+        result: dict[str, Any] = {}
+        with self.runtime.agree():
+            if self.runtime.is_main:
+                result = outcome(self.run_dir, self.state)
+        return self.runtime.from_main(result)
 
     def say(self, line: str) -> None:
         self.runtime.say(f"{self.run_dir}: {line}")

@@ -27,7 +27,15 @@ def test_step_and_its_breakdown(network: str, tiny_set: Path, tmp_path: Path) ->
     """Rows of every candidate, shares that make a whole, and no LSTM in the baseline."""
     data, table = open_set(tiny_set), harness.Table("step", quick=True)
     source = pipeline.Source(data.splits["train"], tmp_path / "train", 8)
-    case = {"network": network, "phase": "full", "image_size": 32, "batch": 8, "threads": 1, "device": "cpu"}
+    case = {
+        "set": data.hash,
+        "network": network,
+        "phase": "full",
+        "image_size": 32,
+        "batch": 8,
+        "threads": 1,
+        "device": "cpu",
+    }
     step.measure(table, data, source, case, Runtime(CPU), seconds=0)
     rows = {(row["provider"], row["quantity"]): row for row in table.rows}
     expected = {step.EPOCH, step.LIMIT, step.PLAIN} | (set(peers()) if network == "baseline" else set())
@@ -67,6 +75,7 @@ def test_steps_on_kept_features(tiny_set: Path, tmp_path: Path) -> None:
     source = pipeline.Source(data.splits["train"], tmp_path / "train", 8)
     for phase in ("head", "full"):
         case = {
+            "set": data.hash,
             "network": "lstm",
             "phase": phase,
             "image_size": 32,

@@ -205,6 +205,7 @@ Change = Callable[[dict[str, Any]], None]
         (lambda m: m["splits"]["train"].update(count=10**30), "damaged"),
         (lambda m: m["splits"].update(extra=m["splits"]["train"]), "its splits are"),
         (lambda m: m["splits"].pop("train"), "its splits are val, test"),
+        (lambda m: m["splits"].pop("val"), "its splits are train, test"),
         (lambda m: m.update(classes=["c0", "c0"]), "not distinct"),
         (lambda m: m.update(classes=[]), "damaged"),
         (lambda m: m.update(classes=[0, 1]), "damaged"),

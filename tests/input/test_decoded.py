@@ -14,7 +14,7 @@ import torch
 from fastnet.config import Augment
 from fastnet.data.prepared import PreparedSet, Split, open_set
 from fastnet.errors import InputError
-from fastnet.input import decoded
+from fastnet.input import decoded, streams
 from fastnet.input.decoded import DecodedImages, decoded_bytes, why_not_decoded
 from tests.support.streams import TRAIN, by_sample, pil, spec, stream, take
 
@@ -36,6 +36,13 @@ def test_raw_has_the_pixels_of_cpu(fresh: Split) -> None:
     for i in range(TRAIN):
         assert images(i).shape == (*fresh.sizes[i], 3)
         np.testing.assert_array_equal(images(i), np.asarray(pil(fresh, i)))
+
+
+def test_only_what_is_decoded_has_to_fit_into_memory(fresh: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "machine_memory", lambda: 0)
+    with pytest.raises(InputError, match="largest images take"):
+        stream(fresh, Augment(), how=spec(decode="cpu"))
+    take(stream(fresh, Augment(), how=spec(decode="raw")), 1)
 
 
 def test_many_ranks_make_one_raw_file(fresh: Split, capfd: pytest.CaptureFixture) -> None:

@@ -226,7 +226,7 @@ def test_batches_that_no_memory_holds_are_refused() -> None:
     photos = np.full((66, 2), [3000, 4000], np.int32)
     check_memory(photos, 32)
     with pytest.raises(
-        InputError, match=r"--batch-size 66: batches of the largest images take .* GiB decoded"
+        InputError, match=r"--batch-size: batches of the 66 largest images take .* GiB decoded"
     ):
         check_memory(photos * 16, 66)
     check_memory(np.full((100_000, 2), 64, np.int32), 100_000)

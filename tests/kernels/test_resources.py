@@ -188,7 +188,7 @@ def test_packing(arch: int) -> None:
 
 
 def test_padded_work() -> None:
-    """Tensor-core work over the paper's 12 LSTMs, relative to the useful: at most 1.27 forward, 1.36 backward."""
+    """Tensor-core work over the paper's 12 LSTMs, relative to the useful: at most 1.27 forward, 1.351 backward."""
     useful = sum(s.groups * 4 * s.hidden**2 for s in PAPER)
     ps = plans(PAPER, BF16, 80)
     streamed, resident = ps
@@ -200,7 +200,7 @@ def test_padded_work() -> None:
     rest = resident.groups * 4 * resident.padded**2
     forward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.pieces) + rest
     backward_work = streamed.groups * 4 * streamed.padded * sum(w for _, w in streamed.wide) + rest
-    assert forward_work <= 1.27 * useful and backward_work <= 1.36 * useful
+    assert forward_work <= 1.27 * useful and backward_work <= 1.351 * useful
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,18 @@ def test_accumulate_auto_takes_what_the_fullest_rank_needs(tiny_set: Path, tmp_p
     assert session["accumulate"] > 1
 
 
+@pytest.mark.long
+def test_gpus_of_two_generations_train_the_lstm_network(tiny_set: Path, tmp_path: Path) -> None:
+    """Of which one has the Triton kernels, and the other PyTorch's operators."""
+    flags = [*FLAGS, "--network", "lstm", "--decode", "cpu", "--max-steps", "1"]
+    train = ["-m", "fastnet.train", *flags, "--data", str(tiny_set), "--run-dir", str(tmp_path)]
+    softgpu = [sys.executable, "-m", "softgpu", "--devices", "2", "--capability"]
+    ranks = start_ranks([[*softgpu, capability, *train] for capability in ("80", "75")], PYTHONPATH=PATH)
+    said = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert "lstm_backend triton" in said[0] and "1 compiled" not in said[1]
+
+
 def test_hosts_with_and_without_a_gpu(tiny_set: Path, tmp_path: Path) -> None:
     train = ["-m", "fastnet.train", *FLAGS, "--data", str(tiny_set), "--run-dir", str(tmp_path)]
     commands = [[sys.executable, *train], [sys.executable, "-m", "softgpu", "--devices", "2", *train]]

@@ -98,6 +98,26 @@ def test_damaged_checkpoints_are_one_line(
     assert message in str(refused.value) and f"{run_dir}/last.pt" in str(refused.value)
 
 
+def test_without_its_last_checkpoint_a_run_continues_from_the_best(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the line about a damaged one says. An epoch has five steps."""
+    last = tmp_path / "last.pt"
+    continue_run(tiny_set, tmp_path, "--max-steps", "7")
+    whole = load(last)
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.pt: damaged, .*, or remove it to continue from best\.pt"):
+        continue_run(tiny_set, tmp_path, "--max-steps", "7")
+    last.unlink()
+    capsys.readouterr()
+    continue_run(tiny_set, tmp_path, "--max-steps", "7")
+    said = capsys.readouterr().err
+    assert "there is no last.pt; best.pt is taken" in said and "continues after step 5" in said
+    again = load(last)
+    assert again.position == whole.position
+    assert all(torch.equal(again.model[name], tensor) for name, tensor in whole.model.items())
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [

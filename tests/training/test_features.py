@@ -229,8 +229,12 @@ def test_a_disk_that_fills_up_is_one_line(
 
 @pytest.mark.slow
 def test_what_killed_runs_left_goes_in_time(own_set: Path, kept: Path, tmp_path: Path) -> None:
-    lost = next(own_set.glob("features/*/0-0.npy"))
-    lost.unlink()  # so that there is something to compute
+    """And a file that lacks its last byte is computed anew."""
+    cut = next(own_set.glob("features/*/1-0.npy"))
+    content = cut.read_bytes()
+    cut.write_bytes(content[:-1])
+    lost = cut.with_name("0-0.npy")
+    lost.unlink()
     old, new = (lost.with_name(f".{lost.name}.{name}.partial") for name in ("old", "new"))
     for left in (old, new):
         left.write_bytes(b"part")
@@ -238,6 +242,7 @@ def test_what_killed_runs_left_goes_in_time(own_set: Path, kept: Path, tmp_path:
     os.utime(old, (hours_ago, hours_ago))
     run_here(own_set, tmp_path / "run", *FLAGS, "--cache-features", "4")
     assert new.exists() and not old.exists()
+    assert lost.exists() and cut.read_bytes() == content
     new.unlink()
 
 

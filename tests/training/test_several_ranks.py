@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastnet import train
+from fastnet.cli import run_command
+from fastnet.config import sample
+from fastnet.data.prepared import open_set
+from fastnet.input.draws import epoch_order
+from fastnet.input.streams import step_share
 from fastnet.training.checkpoint import load
+from tests.support.paths import SCRIPT
 from tests.support.ranks import start_ranks
 from tests.support.runs import assert_same_end, events, wait_for_step
-from tests.support.tiny import STEPS, command, kill_again_and_again, run_here, run_ranks
+from tests.support.tiny import STEPS, TINY, command, kill_again_and_again, refused, run_here, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +108,109 @@ def test_bad_input_ends_every_rank(tiny_set: Path, tmp_path: Path) -> None:
         re.findall(r"exitcode\s*: (\d+)", done.stderr)
     ) <= {"2"}
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_rank_with_another_setting_is_named(tiny_set: Path, tmp_path: Path) -> None:
+    """As where the command is typed on each host. Threads may differ."""
+    train = [sys.executable, SCRIPT, *TINY, "--data", tiny_set, "--run-dir", tmp_path / "run"]
+    own = (["--lr", "0.01", "--threads", "1"], ["--lr", "0.02", "--threads", "2"])
+    ranks = start_ranks([[*map(str, train), *flags] for flags in own])
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert re.search(
+        r"^error: --lr 0.01: rank 1 on \S+ has --lr 0.02; give all ranks the same$", said[0], re.M
+    )
+    assert "error" not in said[1] and not (tmp_path / "run").exists()
+
+
+UNLIKE = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from fastnet.cli import run_command
+from fastnet.config import sample
+from fastnet.data.default import default_set
+from fastnet.distributed.ranks import joined
+from fastnet.errors import InputError
+from fastnet.training.setup import check_alike
+
+def main(argv):
+    data, config = default_set(Path(argv[0])), sample("baseline")
+    with joined(60, "cpu") as runtime:
+        mine = lambda *values: values[runtime.rank]
+        check_alike(replace(config, threads=mine(1, 2), weights=mine("a.pth", "b.pth")), data, runtime)
+        flip = replace(config.augment, flip=mine(0.5, 0.25))
+        for own in (replace(config, augment=flip), replace(config, seed=mine(0, 1))):
+            try:
+                check_alike(own, data, runtime)
+            except InputError as error:
+                print(error, file=sys.stderr)
+        check_alike(config, replace(data, hash=mine(data.hash, "another")), runtime)
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_ranks_compare_settings_and_data(tiny_set: Path) -> None:
+    ranks = start_ranks([[sys.executable, "-c", UNLIKE, str(tiny_set)]] * 2)
+    said = [
+        [line for line in rank.communicate(timeout=60)[1].splitlines() if not line.startswith("data: ")]
+        for rank in ranks
+    ]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    *settings, data = said[0]
+    assert said[1] == settings
+    for line, start in zip(settings, ("--flip 0.5: rank 1 on ", "--seed 0: rank 1 on "), strict=True):
+        assert line.startswith(start) and line.endswith("; give all ranks the same")
+    assert re.match(r"error: --data: rank 1 on \S+ has another set than rank 0 on \S+; prepare it once", data)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_bad_image_is_named_by_the_rank_that_reads_it(tiny_set: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_set, tmp_path / "set")
+    split, config = open_set(data).splits["train"], sample("baseline")
+    share = step_share(len(split), 8, 0, 1, 2)  # of rank 1, of two, in the first step
+    image = int(epoch_order(len(split), config.seed, 0)[share][0])
+    file = data / "train.arrow"
+    content, jpeg = file.read_bytes(), split.jpeg(image).tobytes()
+    file.write_bytes(content.replace(jpeg, bytes(len(jpeg)), 1))
+    train = [
+        sys.executable,
+        SCRIPT,
+        *TINY,
+        "--network",
+        "baseline",
+        "--data",
+        data,
+        "--run-dir",
+        tmp_path / "run",
+    ]
+    ranks = start_ranks([list(map(str, train))] * 2)
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 2], said
+    assert "error: rank 0: another rank is gone" in said[0]
+    assert re.search(rf"^error: {re.escape(str(file))}: {re.escape(split.names[image])} ", said[1], re.M), (
+        said
+    )
+
+
+def test_each_host_says_what_it_cannot_read(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the ranks meet, as rank 0 may have the file."""
+    flags = ["--data", tiny_set, "--run-dir", tmp_path, "--config", tmp_path / "nowhere.toml"]
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "nowhere.toml: no such file" in refused(capsys, monkeypatch, *flags)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit):
+        run_command(train.main)
+    assert "error" not in capsys.readouterr().err
 
 
 BY_TIME = """
