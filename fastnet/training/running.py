@@ -76,7 +76,7 @@ class RunningPhase:
         return f"on, {agreement}"
 
     def step(self, number: int, rate: float) -> None:
-        """Trains on the next global batch. `number`: of steps before it. Nothing in it waits for the device."""
+        """Trains on the next global batch. `number`: of steps before it."""
         self.plain.prepare(number, rate)
         self.launch()
 

@@ -27,7 +27,8 @@ from fastnet.training.parallel import without_sync
 
 
 class TrainStep:
-    """An optimiser step on the next global batch, for one phase. Calling it never waits for the device."""
+    """An optimiser step on the next global batch, for one phase. Calling it never waits for the device,
+    except with --apex in fp16, whose optimisers have PyTorch's loss scaler read whether gradients overflowed."""
 
     def __init__(
         self,

@@ -209,7 +209,7 @@ class Trainer:
         return True
 
     def train_step(self) -> None:
-        """One optimiser step on the next global batch. Nothing in it waits for the device."""
+        """One optimiser step on the next global batch."""
         assert self.running
         self.running.step(self.state.step, self.rate(self.state.step_in_epoch))
         self.stopwatch.step()

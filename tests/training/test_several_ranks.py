@@ -171,6 +171,29 @@ def test_ranks_compare_settings_and_data(tiny_set: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
+def test_a_run_directory_that_only_rank_0_sees(tiny_set: Path, tmp_path: Path) -> None:
+    """Every rank has the result that rank 0 reads in it, and none fails at the end for want of it."""
+    train = [
+        sys.executable,
+        SCRIPT,
+        *TINY,
+        "--network",
+        "baseline",
+        "--data",
+        tiny_set,
+        "--max-steps",
+        "6",
+        "--json",
+    ]
+    folders = [tmp_path / "seen", tmp_path / "elsewhere"]
+    ranks = start_ranks([[*map(str, train), "--run-dir", str(folder)] for folder in folders])
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert (folders[0] / "last.pt").exists() and not folders[1].exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
 def test_a_bad_image_is_named_by_the_rank_that_reads_it(tiny_set: Path, tmp_path: Path) -> None:
     data = shutil.copytree(tiny_set, tmp_path / "set")
     split, config = open_set(data).splits["train"], sample("baseline")
