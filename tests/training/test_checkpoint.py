@@ -59,7 +59,7 @@ def put(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_what_may_change_is_what_the_documentation_says() -> None:
     text = (REPOSITORY / "docs" / "checkpoints.md").read_text()
     (listed,) = re.findall(
-        r"These settings may change when a run continues(.*?)\. Any other", text, re.DOTALL
+        r"These settings may change when a run continues(.*?)\.\s+Any\s+other", text, re.DOTALL
     )
     assert {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", listed)} == MAY_CHANGE
 
