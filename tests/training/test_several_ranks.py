@@ -110,13 +110,17 @@ def test_bad_input_ends_every_rank(tiny_set: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def one_rank(data: Path, run: Path, *flags: str) -> list[str]:
+    """What start_ranks starts as one of the ranks."""
+    return [sys.executable, str(SCRIPT), *TINY, "--data", str(data), "--run-dir", str(run), *flags]
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_a_rank_with_another_setting_is_named(tiny_set: Path, tmp_path: Path) -> None:
     """As where the command is typed on each host. Threads may differ."""
-    train = [sys.executable, SCRIPT, *TINY, "--data", tiny_set, "--run-dir", tmp_path / "run"]
     own = (["--lr", "0.01", "--threads", "1"], ["--lr", "0.02", "--threads", "2"])
-    ranks = start_ranks([[*map(str, train), *flags] for flags in own])
+    ranks = start_ranks([one_rank(tiny_set, tmp_path / "run", *flags) for flags in own])
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert re.search(
@@ -173,20 +177,9 @@ def test_ranks_compare_settings_and_data(tiny_set: Path) -> None:
 @pytest.mark.xdist_group("ranks")
 def test_a_run_directory_that_only_rank_0_sees(tiny_set: Path, tmp_path: Path) -> None:
     """Every rank has the result that rank 0 reads in it, and none fails at the end for want of it."""
-    train = [
-        sys.executable,
-        SCRIPT,
-        *TINY,
-        "--network",
-        "baseline",
-        "--data",
-        tiny_set,
-        "--max-steps",
-        "6",
-        "--json",
-    ]
+    flags = ["--network", "baseline", "--max-steps", "6", "--json"]
     folders = [tmp_path / "seen", tmp_path / "elsewhere"]
-    ranks = start_ranks([[*map(str, train), "--run-dir", str(folder)] for folder in folders])
+    ranks = start_ranks([one_rank(tiny_set, folder, *flags) for folder in folders])
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert (folders[0] / "last.pt").exists() and not folders[1].exists()
@@ -202,18 +195,7 @@ def test_a_bad_image_is_named_by_the_rank_that_reads_it(tiny_set: Path, tmp_path
     file = data / "train.arrow"
     content, jpeg = file.read_bytes(), split.jpeg(image).tobytes()
     file.write_bytes(content.replace(jpeg, bytes(len(jpeg)), 1))
-    train = [
-        sys.executable,
-        SCRIPT,
-        *TINY,
-        "--network",
-        "baseline",
-        "--data",
-        data,
-        "--run-dir",
-        tmp_path / "run",
-    ]
-    ranks = start_ranks([list(map(str, train))] * 2)
+    ranks = start_ranks([one_rank(data, tmp_path / "run", "--network", "baseline")] * 2)
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 2], said
     assert "error: rank 0: another rank is gone" in said[0]
