@@ -52,10 +52,10 @@ TRANSFER = Experiment(
     "both networks and their average at 64 px, from ImageNet weights of conv1 to conv4",
     f"paper {SMALL} {EVALUATION} --freeze conv2",
     (
-        Run("baseline", f"{PARTIAL} --epochs 9 --lr 0.06 --layer-decay 0.7"),
+        Run("baseline", f"{PARTIAL} --epochs 7 --lr 0.06 --layer-decay 0.7"),
         Run(
             "lstm",
-            "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 4 "
+            "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 5 "
             "--optimizer adamw --lr 0.005 --layer-decay 0.3",
             start="baseline",
         ),

@@ -285,9 +285,11 @@ class Trainer:
         if self.running:  # else no step was made since the last checkpoint
             self.save()
         self.finish()
+        result = self.outcome()
+        # The last of what the ranks do together: those of a host that was not asked to stop end with an error.
         self.stop_signal.check_own(self.state.step)
         self.runtime.say(f"stopped after step {self.state.step}, all saved; the same command continues")
-        return self.outcome()
+        return result
 
     # --- what it is made of
 
