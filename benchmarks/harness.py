@@ -189,6 +189,7 @@ class Laps:
 
 
 Candidate = Callable[[Laps], None]
+MOST = 1000  # rounds
 
 
 def alternate(
@@ -197,25 +198,22 @@ def alternate(
     *,
     seconds: float,
     least: int = 3,
-    most: int = 1000,
-    warmup: int = 1,
     before: Callable[[Candidate], object] = lambda candidate: None,
 ) -> dict[str, dict[str, list[float]]]:
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
-    Each candidate runs `warmup` times unmeasured. Then rounds of all of them follow until `seconds` are over, at least
-    `least` and at most `most`; each round starts one candidate later in the order. `before` runs ahead of each
+    Each candidate runs once unmeasured. Then rounds of all of them follow until `seconds` are over, at least `least`
+    and at most `MOST`; each round starts one candidate later in the order. `before` runs ahead of each
     measurement of a candidate and is not measured. On a GPU a measurement begins behind a millisecond of waiting, so
     that its first kernel does not wait for the host.
     """
     for candidate in candidates.values():
-        for _ in range(warmup):
-            candidate(Laps(device))
+        candidate(Laps(device))
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in candidates}
     names = list(candidates)
     with GpuWatch() as gpu:
         began = time.perf_counter()
-        for done in range(most):
+        for done in range(MOST):
             if done >= least and time.perf_counter() - began > seconds:
                 break
             turn = done % max(1, len(names))

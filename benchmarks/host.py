@@ -88,7 +88,7 @@ def capture(trainer: Trainer) -> None:
     running = trainer.running
     assert running and isinstance(running.launch, TrainStep)
     plain = running.launch
-    plain.batches = running.batches.fixed(trainer.runtime.amp or torch.float32)
+    plain.batches = running.batches.fixed(trainer.runtime.dtype)
     for _ in range(STEPS_BEFORE):
         plain()
     running.launch = running.graph = CapturedStep(plain)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.lstm_providers import Problem, Provider, cell, projections, recurrent_loop, stacked_parameters
-from fastnet_kernels.plan import architecture, is_split, plan, plans_for, split_plan
+from fastnet_kernels.plan import architecture, is_split, plan, plans_for
 
 
 def fused_recurrent(p: Problem, *, split: bool) -> Provider:
     """The two recurrent launches by themselves, over buffers of the right shape (forward overwrites its gates)."""
     from fastnet_kernels import launch  # needs triton
 
-    plans = (split_plan if split else plan)(p.stages, p.dtype, architecture(p.device), save=True)
+    plans = plan(p.stages, p.dtype, architecture(p.device), save=True, split=split)
     size = launch.sizes(plans, launch.padded_batch(p.batch))
     gates, dgates = (torch.randn(size.gates, device=p.device).to(p.dtype) for _ in range(2))
     h = torch.empty(size.states, dtype=p.dtype, device=p.device)

@@ -139,7 +139,7 @@ def split_step(gpu: Gpu, line: Mapping[str, Line], parts: int, together: int) ->
 
 def static(arch: int, *, split: bool) -> dict[str, dict[str, int]]:
     """Registers a thread, bytes of shared memory and instructions in the code of the recurrent kernels."""
-    plans = (plan.split_plan if split else plan.plan)(tuple(STAGES.values()), DTYPE, arch, save=True)
+    plans = plan.plan(tuple(STAGES.values()), DTYPE, arch, save=True, split=split)
     kernels = {
         "forward_kernel": fused_forward.forward_kernel,
         "backward_kernel": fused_backward.backward_kernel,

@@ -61,7 +61,7 @@ def executed_split(hidden: int, steps: int) -> dict[str, Counter[str]]:
     How often a program reads the counter before the others have arrived is up to the schedule here, and says nothing
     of a GPU: one read a warp and meeting is left, and the loop's three instructions for each.
     """
-    plans = plan.split_plan([Stage(1, steps, hidden)], DTYPE, 80, save=True)
+    plans = plan.plan([Stage(1, steps, hidden)], DTYPE, 80, save=True, split=True)
     size = plan.sizes(plans, plan.BATCH_TILE)
     gates, dgates, h = (torch.randn(n).to(DTYPE) for n in (size.gates, size.gates, size.states))
     packed, out = torch.zeros(size.weights, dtype=DTYPE), torch.zeros(plan.BATCH_TILE, hidden, dtype=DTYPE)

@@ -54,7 +54,7 @@ def difference(network: Network, plain: nn.Module, x: Tensor, runtime: Runtime) 
     network.train()
     plain.train()
     layers = 20 + (network.lstm.stages[0].seq_len if network.lstm else 0)
-    both = {"fastnet": (ours, runtime.amp or torch.float32), "plainly written": (theirs, torch.float32)}
+    both = {"fastnet": (ours, runtime.dtype), "plainly written": (theirs, torch.float32)}
     for name, (logits, dtype) in both.items():
         error = ((logits.double() - right).norm() / right.norm()).item()
         if not error <= layers * rounding(dtype, runtime.device):

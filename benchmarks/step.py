@@ -181,7 +181,7 @@ class KeptFeatures(FeatureTrainStream):
         features.folder = folder
         features.prepare(threads)
         self.steps_per_epoch = len(images) // config.batch_size
-        super().__init__(features, runtime.amp or torch.float32, epoch=0, step=0)
+        super().__init__(features, runtime.dtype, epoch=0, step=0)
 
 
 def _take_step(step: Step, batches: Callable[[], Any]) -> None:

@@ -74,6 +74,12 @@ class SettingsParser(Parser):
             type=Path,
             help="settings from a TOML file, or from another run's manifest.json; flags override them",
         )
+        self.add_argument(
+            "--data",
+            metavar="SET",
+            type=Path,
+            help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
+        )
         self.settings: list[tuple[argparse.Action, type, str]] = []
         groups: dict[str, Any] = {}
         for owner in (Config, Augment):

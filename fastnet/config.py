@@ -425,9 +425,9 @@ def sample(network: str) -> Config:
 PRESETS: dict[str, Callable[[str], Config]] = {"paper": paper, "sample": sample, "fast": fast}
 
 
-def choose_preset(name: str | None, data_kind: str) -> Callable[[str], Config]:
-    """The preset of that name. None means `sample` for the generated sample set and `paper` for other data."""
-    return PRESETS[name or ("sample" if data_kind == "sample" else "paper")]
+def choose_preset(name: str | None, data_kind: str) -> str:
+    """The preset's name. None means `sample` for the generated sample set and `paper` for other data."""
+    return name or ("sample" if data_kind == "sample" else "paper")
 
 
 def with_flags(config: Config, flags: dict[str, Any]) -> Config:

@@ -47,10 +47,10 @@ def check_out(out: Path, form: Format) -> None:
     remove_leftovers(out, older=STALE)
 
 
-def first_images(run: TrainedRun, split: Split, count: int) -> Tensor:
+def first_images(run: TrainedRun, split: Split) -> Tensor:
     """The first images of a split [N, 3, S, S], float32 in channels_last, on the CPU, as in validation."""
     spec = InputSpec.of(run.config, torch.device("cpu"), torch.float32, "cpu", threads_per_rank())
-    with closing(EvalStream(split, spec, batch_size=count)) as stream:
+    with closing(EvalStream(split, spec, batch_size=CHECKED)) as stream:
         return next(iter(stream)).x.clone(memory_format=torch.channels_last)
 
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     run.network.flip_average = False  # the file gives the logits of an image as it is
     network = plain_network(run.config, len(run.classes))
     network.load_state_dict(plain_state(run.network))
-    images = first_images(run, labelled_split(data, "val"), CHECKED)
+    images = first_images(run, labelled_split(data, "val"))
 
     model = out / form.file
     with atomic_write(model) as beside:

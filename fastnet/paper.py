@@ -40,12 +40,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "alone, since the paper's baseline has no frozen phase.",
     )
     parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="SET",
-        help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
-    )
-    parser.add_argument(
         "--out", type=directory, metavar="DIR", default=Path("runs/paper"), help="where everything goes"
     )
     given = parser.parse(argv)
@@ -59,7 +53,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
     out, data = given["out"], default_set(given["data"])
     kind, device = data.source["kind"], named.get("device", "auto")
-    preset = choose_preset(given["preset"], kind).__name__
+    preset = choose_preset(given["preset"], kind)
     runs = {network: out / network for network in ("baseline", "lstm")}
     lines = {}
     for network, run_dir in runs.items():

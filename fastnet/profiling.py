@@ -43,7 +43,7 @@ class Window:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._close()
+        self.close()
 
     def moves_at(self, step: int) -> bool:
         """Whether `at` would open or close the window; the same on all ranks."""
@@ -54,7 +54,7 @@ class Window:
         if self.first <= step < self.last and not self.open:
             self._open()
         elif step >= self.last:
-            self._close()
+            self.close()
 
     def _open(self) -> None:
         self.open = True
@@ -65,7 +65,8 @@ class Window:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
             self.profiler.start()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Ends the window and writes its trace, if it is open. Raises InputError if the trace cannot be written."""
         if not self.open:
             return
         self.open = False

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -42,8 +41,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self.close()
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()  # and removes it, so that the next line is printed below what was there before
 
     def add(self, count: int = 1) -> None:
         """Counts `count` more as done."""
@@ -55,10 +54,6 @@ class Progress:
             left = (now - self.started) / max(1, self.done - self.before) * (self.total - self.done)
             line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {tqdm.format_interval(left)} left"
             print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Removes the bar, so that the next line is printed below what was there before."""
-        self.bar.close()
 
 
 def track(title: str, items: Iterable[T], total: int, unit: str) -> Iterator[T]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import subprocess
@@ -22,11 +21,7 @@ VERSIONED = ("torch", "torchvision", "triton", DALI[0], "numpy", "pyarrow")
 def surroundings() -> dict[str, Any]:
     """Versions, git revision and machine, as far as they can be told."""
     versions = {"fastnet": fastnet.__version__, "python": platform.python_version()}
-    for package in VERSIONED:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
+    versions |= {package: installed_version(package) or "absent" for package in VERSIONED}
     return {
         "versions": versions | dali_packages(),
         "git": git_revision(),
@@ -34,27 +29,32 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def dali_packages() -> dict[str, str]:
     """The installed packages of DALI and their versions; more than one overwrite each other."""
-    found = {}
-    for package in DALI:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {package: found for package in DALI if (found := installed_version(package))}
 
 
 def git_revision() -> str | None:
     """The checkout's commit, with + behind it if files differ from it; in an image, what it was built from
     ($FASTNET_REVISION); None where neither is known."""
     root = Path(__file__).resolve().parent.parent
+    given = os.environ.get("FASTNET_REVISION") or None
     if not (root / ".git").exists():  # installed, perhaps inside another project's checkout
-        return os.environ.get("FASTNET_REVISION") or None
+        return given
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return os.environ.get("FASTNET_REVISION") or None
-    return done.stdout.strip() or os.environ.get("FASTNET_REVISION") or None
+        return given
+    return done.stdout.strip() or given
 
 
 def machine_memory() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from fastnet.config import Augment, Config, choose_preset, with_flags
+from fastnet.config import PRESETS, Augment, Config, choose_preset, with_flags
 from fastnet.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -28,17 +28,13 @@ def settings_of(given: dict[str, Any], data_kind: str) -> Config:
     `given` is what `cli.SettingsParser.parse` returns. Raises InputError for values that are out of range.
     """
     values = file_settings(given)
-    preset = choose_preset(given["preset"], data_kind)
-    if values:
-        try:
-            config = preset(given.get("network") or values.get("network") or Config.network)
-            before = config.to_json()
-            augment = {**before["augment"], **values.get("augment", {})}
-            config = Config.from_json({**before, **values, "augment": augment})
-        except (msgspec.ValidationError, InputError, TypeError) as error:
-            raise InputError(f"--config {given['config']}: {error}") from error
-    else:
-        config = preset(given.get("network", Config.network))
+    preset = PRESETS[choose_preset(given["preset"], data_kind)]
+    try:
+        before = preset(given.get("network") or values.get("network") or Config.network).to_json()
+        augment = {**before["augment"], **values.get("augment", {})}
+        config = Config.from_json({**before, **values, "augment": augment})
+    except (msgspec.ValidationError, InputError, TypeError) as error:
+        raise InputError(f"--config {given['config']}: {error}") from error
     return with_flags(config, given)
 
 

@@ -39,12 +39,6 @@ REMEDY = (
 def main(argv: Sequence[str]) -> dict[str, Any]:
     parser = SettingsParser(prog="train.py", description="Trains one network, or continues a stopped run.")
     parser.add_argument(
-        "--data",
-        type=Path,
-        metavar="SET",
-        help="prepared set; default: $FASTNET_DATA, else data/tiny-imagenet, else the generated sample set",
-    )
-    parser.add_argument(
         "--run-dir", type=directory, metavar="DIR", help="run directory; default: runs/NETWORK"
     )
     parser.add_argument("--run", type=_renamed, help=argparse.SUPPRESS)

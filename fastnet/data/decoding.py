@@ -19,10 +19,15 @@ CHUNK_IMAGES = 256
 CHUNK_PIXELS = 1 << 24  # 50 MB decoded
 
 
+def areas(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Pixels of images [N] of `sizes` [N, 2], heights and widths; those of a damaged set exceed an int32."""
+    return sizes.astype(np.int64).prod(axis=1)
+
+
 def chunks(sizes: NDArray[np.int32]) -> Iterator[range]:
     """Parts of a split that can be decoded at once in little memory. `sizes`: [N, 2] int32, heights and widths."""
     first, pixels = 0, 0
-    for i, area in enumerate(sizes.astype(np.int64).prod(axis=1).tolist()):
+    for i, area in enumerate(areas(sizes).tolist()):
         if i > first and (i - first == CHUNK_IMAGES or pixels + area > CHUNK_PIXELS):
             yield range(first, i)
             first, pixels = i, 0
@@ -79,7 +84,7 @@ class ImageDecoder:
         and what libjpeg-turbo refuses or warns of are left to DALI. Raises RuntimeError if that cannot decode one
         either.
         """
-        ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
+        ends = np.cumsum(areas(sizes) * 3)
         starts = np.concatenate([[0], ends[:-1]])
         pixels = self._pixels(ends[-1])
         places = pixels.data  # a slice of it costs less than one of the array, and so does a list's number

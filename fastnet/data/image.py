@@ -35,11 +35,6 @@ class BadImage(Exception):
     """An image that cannot be used. The message says why, and reads on from the image's name."""
 
 
-def header_size(image: bytes) -> tuple[int, int]:
-    """(height, width) by the header of a JPEG or PNG, without decoding it. Raises as `read_header` does."""
-    return read_header(image)[:2]
-
-
 def read_header(image: bytes) -> tuple[int, int, int]:
     """(height, width, colour components) by the header of a JPEG or PNG, without decoding it. A PNG counts as 0.
 
@@ -171,7 +166,7 @@ def check_bytes(image: bytes, most: int = MAX_BYTES) -> None:
 
 
 def _examine_by_pil(image: bytes) -> tuple[int, int]:
-    size = header_size(image)
+    size = read_header(image)[:2]
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as picture:
             check_header(image, picture.height, picture.width)

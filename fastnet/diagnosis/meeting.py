@@ -5,7 +5,6 @@ python -m fastnet.diagnosis.meeting SECONDS
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,4 +37,4 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_command(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ def ranks() -> str:
     if gpus == 1:
         raise Skipped("one GPU trains in one process")
     count, kind = (gpus, "NCCL") if gpus else (2, "gloo, on the CPU")
-    command = launch_command(Path(MEETING), [PATIENCE], ranks=count, options=["--standalone", "-m"])
+    command = launch_command(MEETING, [PATIENCE], ranks=count, options=["--standalone", "-m"])
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
     except subprocess.TimeoutExpired as error:

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 import fastnet
 from fastnet.diagnosis.findings import Failed, Skipped
 from fastnet.distributed.device import has_nvidia_device, why_no_cuda
-from fastnet.provenance import DALI, dali_packages
+from fastnet.provenance import DALI, dali_packages, installed_version
 
 NAMED = ("torch", "torchvision", "triton", "numpy", "pyarrow")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -25,7 +25,7 @@ def packages() -> str:
     if wrong:
         raise Failed("; ".join(wrong))
     versions = {"fastnet": fastnet.__version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in NAMED if _installed(name)}
+    versions |= {name: found for name in NAMED if (found := installed_version(name))}
     return ", ".join(f"{name} {version}" for name, version in (versions | dali_packages()).items())
 
 
@@ -88,14 +88,6 @@ def _driver_version() -> str:
     return next((word for word in words if word[:1].isdigit() and "." in word), "of unknown version,")
 
 
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _requirements() -> list[Requirement]:
     """What fastnet needs on this machine; nothing where it runs from a checkout and is not installed."""
     try:
@@ -110,9 +102,9 @@ def _misfit(requirement: Requirement) -> str:
     """Why the installed package is not what is required; DALI has a check of its own."""
     if requirement.name in DALI:
         return ""
-    if not _installed(requirement.name):
+    version = installed_version(requirement.name)
+    if version is None:
         return f"{requirement.name} is missing"
-    version = metadata.version(requirement.name)
     if requirement.specifier.contains(version, prereleases=True):
         return ""
     return f"{requirement.name} {version} is not {requirement.specifier}"

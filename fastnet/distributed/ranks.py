@@ -46,6 +46,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in: the type of autocast, or float32."""
+        return self.amp or torch.float32
+
+    @property
     def image_dtype(self) -> torch.dtype:
         """float16 where a GPU computes in half precision, as DALI has no bfloat16; else float32.
 
@@ -134,7 +139,8 @@ def single_process(device: str = "auto") -> Runtime:
 def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
     """The ranks that torchrun's environment describes, or one process alone.
 
-    An InputError is raised on every rank and leaves the process group in order; after a crash the launcher cleans up.
+    An InputError is raised on every rank and leaves the process group in order, and so does the stop of one host.
+    After a crash the launcher cleans up, and after an error that one rank has alone: NCCL's end waits for all of them.
     A MemoryFullError on one rank is raised on those that wait for it too, as far as they can notice.
     Raises LostError where another rank is gone, or has not answered for `timeout` seconds.
     """
@@ -146,11 +152,16 @@ def joined(timeout: float, device: str = "auto") -> Iterator[Runtime]:
             yield runtime
         except MemoryFullError as error:
             leave.pop_all()
-            error.told = runtime.store is not None and runtime.store.add(MEMORY_FULL, 1) > 1
+            with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that kept it
+                error.told = runtime.store is not None and runtime.store.add(MEMORY_FULL, 1) > 1
             raise
         except InputError as error:
-            if error.told_by == "host":
+            if error.told_by == "rank":
+                leave.pop_all()
+            elif error.told_by == "host":
                 error.told_by = "run"
+            raise
+        except LostError:
             raise
         except BaseException as error:
             leave.pop_all()

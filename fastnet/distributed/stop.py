@@ -65,7 +65,8 @@ class StopSignal:
 
     def check_own(self, step: int) -> None:
         """Raises LostError after a stop that only another host was asked for, so that this host's torchrun starts its
-        ranks again instead of taking their end for the end of the run."""
+        ranks again instead of taking their end for the end of the run. Collective."""
+        self.settle()
         hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         if hosts > 1 and not self.received:
             raise LostError(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastnet.data.entries import readable
-from fastnet.data.image import BadImage, Examiner, check_bytes, header_size
+from fastnet.data.image import BadImage, Examiner, check_bytes, read_header
 from fastnet.data.prepared import Split
 from fastnet.data.sources import folder_files
 from fastnet.errors import InputError
@@ -91,7 +91,7 @@ def _encoded(file: Path) -> bytes:
     data = file.read_bytes()
     check_bytes(data)
     try:
-        header_size(data)
+        read_header(data)
         return data
     except BadImage:
         pass

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastnet.data.decoding import areas
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.device import threads_per_rank
 from fastnet.distributed.memory import memory_for
@@ -23,19 +24,19 @@ from fastnet.input.streams import EvalStream
 from fastnet.metrics import Counter, Totals
 from fastnet.progress import Progress
 
-MAX_PIXELS = 1 << 26  # decoded at once; 200 MB, which DALI holds up to three times
+AT_ONCE = 1 << 26  # pixels decoded at once; 200 MB, which DALI holds up to three times
 
 
 @torch.inference_mode()
-def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, title: str = "") -> Tensor:
+def logits_of(run: TrainedRun, split: Split, batch_size: int, runtime: Runtime, title: str) -> Tensor:
     """Logits [N, K] float32 on the CPU, in the split's order. Raises InputError if any is not finite."""
     runtime = replace(runtime, amp=run.amp)
     decode = resolve_decode("auto", runtime.device)
-    largest = int(split.sizes.astype(np.int64).prod(axis=1).max())
-    batch_size = min(batch_size, max(1, MAX_PIXELS // largest))
+    largest = int(areas(split.sizes).max())
+    batch_size = min(batch_size, max(1, AT_ONCE // largest))
     spec = InputSpec.of(run.config, runtime.device, runtime.image_dtype, decode, threads_per_rank())
     logits = torch.empty(len(split), len(run.classes))
-    at_once = f"{title or 'network'}: {batch_size} images at {run.config.image_size} px at once"
+    at_once = f"{title}: {batch_size} images at {run.config.image_size} px at once"
     with (
         memory_for(at_once, runtime.device, "use a smaller --batch-size, or --device cpu"),
         closing(EvalStream(split, spec, batch_size=batch_size)) as stream,

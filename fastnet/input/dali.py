@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali.tensors import TensorCPU
 
+from fastnet.data.decoding import areas
 from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.graph import graph
@@ -51,7 +52,7 @@ class DaliBatches:
             names,
             spec,
             policy,
-            int(split.sizes.astype(np.int64).prod(axis=1).max()),
+            int(areas(split.sizes).max()),
             batch_size=largest,
             num_threads=decoder_threads(spec.threads, largest),
             device_id=_device_id(spec.device),

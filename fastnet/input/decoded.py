@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastnet.data.decoding import Decoder, chunks
+from fastnet.data.decoding import Decoder, areas, chunks
 from fastnet.data.lock import exclusive
 from fastnet.data.prepared import Split, read_meta
 from fastnet.errors import InputError
@@ -83,7 +83,7 @@ def why_not_decoded(splits: Sequence[Split]) -> str | None:
 
 
 def _image_bytes(split: Split) -> NDArray[np.int64]:
-    return split.sizes.astype(np.int64).prod(axis=1) * 3
+    return areas(split.sizes) * 3
 
 
 def _make(path: Path, header: bytes, split: Split, size: int, threads: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastnet.config import Augment, check_image_size
+from fastnet.data.decoding import areas
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input.dali import DaliBatches
@@ -90,7 +91,7 @@ def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
 
     sizes: [N, 2] int32, heights and widths.
     """
-    pixels = np.sort(sizes.astype(np.int64).prod(axis=1))[-batch_size:].sum()
+    pixels = np.sort(areas(sizes))[-batch_size:].sum()
     needed = int(pixels) * 3 * (PREFETCH + 1)
     there = machine_memory()
     if needed > there / 2:
@@ -145,12 +146,6 @@ class _Stream:
         if self._spec.device.type == "cuda":
             y = y.pin_memory().to(self._spec.device, non_blocking=True)
         return Batch(images.permute(0, 3, 1, 2), y, index)  # [B, H, W, 3] -> [B, 3, H, W], a view
-
-    def _once(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]], count: int) -> Iterator[Batch]:
-        """The `count` batches of `todo`, one iteration at a time."""
-        self._begin(todo)
-        for _ in range(count):
-            yield self._take()
 
     def close(self) -> None:
         """Ends the threads that make batches, and frees their buffers."""
@@ -222,7 +217,9 @@ class DrawnStream(_Stream):
 
     def of(self, index: NDArray[np.int64], epoch: int) -> Iterator[Batch]:
         """The images `index` in that order, in batches of `batch_size`; the last one may be smaller."""
-        return self._once(self._inputs(index, epoch), -(-len(index) // self._batch_size))
+        self._begin(self._inputs(index, epoch))
+        for _ in range(0, len(index), self._batch_size):
+            yield self._take()
 
     def _inputs(self, index: NDArray[np.int64], epoch: int) -> Iterator[tuple[NDArray, dict[str, NDArray]]]:
         split, size = self._split, self._spec.image_size

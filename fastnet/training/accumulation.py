@@ -24,7 +24,7 @@ from fastnet.input.streams import Batch, part
 from fastnet.metrics import Counter
 from fastnet.network.network import Network
 from fastnet.training.batches import Streamed
-from fastnet.training.capture import Snapshot, rehearse
+from fastnet.training.capture import Snapshot
 from fastnet.training.checkpoint import Checkpoint
 from fastnet.training.ema import MovingAverage
 from fastnet.training.evaluation import evaluate
@@ -145,11 +145,11 @@ class Trial:
             running = RunningPhase(
                 self.phase, config, self.alone, self.network, self.average, stream, counter, None, Path()
             )
-            step, batches = running.plain, stream.fixed(self.alone.amp or torch.float32)
+            step, batches = running.plain, stream.fixed(self.alone.dtype)
             step.batches = batches
             before = Snapshot(step, batches, self.network)
             try:
-                rehearse(step.on_device, 2, step, before, self.phase)
+                before.rehearse(step.on_device, 2, self.phase)
             finally:
                 before.put_back()
         finally:

@@ -96,15 +96,15 @@ def capture(
     runtime = step.runtime
     step.batches = batches
     before = Snapshot(step, batches, network)
-    rehearse(step.on_device, WARMUP if runtime.world_size > 1 else COMPARED, step, before, phase)
-    rehearse(step.on_device, COMPARED, step, before, phase)
+    before.rehearse(step.on_device, WARMUP if runtime.world_size > 1 else COMPARED, phase)
+    before.rehearse(step.on_device, COMPARED, phase)
     plain = before.copy()
     captured = CapturedStep(step)
     try:
         with runtime.agree(), failing("cannot be captured"):
             captured.capture()
         with runtime.agree(), failing("cannot be replayed"):
-            rehearse(captured.graph.replay, COMPARED, step, before, phase)
+            before.rehearse(captured.graph.replay, COMPARED, phase)
         with runtime.agree():
             agreement = before.compare(plain, COMPARED * precision(runtime))
     except InputError:
@@ -131,16 +131,6 @@ def precision(runtime: Runtime) -> float:
     return torch.finfo(runtime.amp or torch.float16).eps
 
 
-def rehearse(run: Callable[[], None], steps: int, step: TrainStep, before: Snapshot, phase: Phase) -> None:
-    """Makes `steps` steps from the state `before`, each with another batch and another learning rate."""
-    before.put_back()
-    step.scaler.load_state_dict({**step.scaler.state_dict(), "scale": REHEARSAL_SCALE})
-    for i in range(steps):
-        before.batches.rehearse(i)
-        step.prepare(i, phase.peak_lr * (i + 1) / 100)
-        run()
-
-
 class Snapshot:
     """Everything that a step changes: weights, batch norms, the optimiser's state, loss scale, counts."""
 
@@ -165,6 +155,16 @@ class Snapshot:
 
     def copy(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.tensors().items()}
+
+    def rehearse(self, run: Callable[[], None], steps: int, phase: Phase) -> None:
+        """Makes `steps` steps from this state, each with another batch and another learning rate."""
+        self.put_back()
+        scaler = self.step.scaler
+        scaler.load_state_dict({**scaler.state_dict(), "scale": REHEARSAL_SCALE})
+        for i in range(steps):
+            self.batches.rehearse(i)
+            self.step.prepare(i, phase.peak_lr * (i + 1) / 100)
+            run()
 
     def put_back(self) -> None:
         for name, tensor in self.tensors().items():

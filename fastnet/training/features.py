@@ -101,16 +101,16 @@ class FrozenFeatures:
             "holdout": config.holdout,
         }
 
-    def files(self) -> dict[Path, tuple[str, str, NDArray[np.int64]]]:
-        """Every file with what it is for (training or validation), its draw, and the images in it."""
+    def files(self) -> dict[Path, tuple[str, NDArray[np.int64]]]:
+        """Every file with its draw and the images in it."""
         named = {}
-        draws = [("train", str(draw)) for draw in self.draws]
+        draws = [str(draw) for draw in self.draws]
         # Averaged with mirror images, validation needs pixels.
-        for use, draw in draws if self.config.flip_average else [*draws, (VALIDATION, VALIDATION)]:
-            images = self.images[use]
+        for draw in draws if self.config.flip_average else [*draws, VALIDATION]:
+            images = self.images[use_of(draw)]
             for first in range(0, len(images), SHARD):
                 path = self.folder / f"{draw}-{first // SHARD}.npy"
-                named[path] = use, draw, images[first : first + SHARD]
+                named[path] = draw, images[first : first + SHARD]
         return named
 
     def prepare(self, threads: int, stop: StopSignal | None = None) -> bool:
@@ -121,7 +121,7 @@ class FrozenFeatures:
         """
         files = self.files()
         seen = self.runtime.gather(
-            [path.name for path, (*_, images) in files.items() if not self._is_whole(path, len(images))]
+            [path.name for path, (_, images) in files.items() if not self._is_whole(path, len(images))]
         )
         if not any(seen):
             return True
@@ -131,12 +131,16 @@ class FrozenFeatures:
         with self.runtime.agree():
             if missing and self.runtime.rank == sharing[0]:
                 remove_leftovers(self.folder, older=STALE)
-                self._check_room(sum(len(images) for _, _, images in missing.values()))
+                self._check_room(sum(len(images) for _, images in missing.values()))
         training = self.network.training
         self.network.eval()
         done = all(
             self._compute(
-                {path: file for path, file in missing.items() if file[0] == use}, use, sharing, threads, stop
+                {path: file for path, file in missing.items() if use_of(file[0]) == use},
+                use,
+                sharing,
+                threads,
+                stop,
             )
             for use in self.splits
         )
@@ -163,7 +167,7 @@ class FrozenFeatures:
 
     def _compute(
         self,
-        files: dict[Path, tuple[str, str, NDArray[np.int64]]],
+        files: dict[Path, tuple[str, NDArray[np.int64]]],
         use: str,
         sharing: list[int],
         threads: int,
@@ -176,7 +180,7 @@ class FrozenFeatures:
             stream: DrawnStream | None = None
             for number in track(f"features for {use}", range(rounds), rounds, "files"):
                 with self.runtime.agree():
-                    for path, (_, draw, index) in mine[number : number + 1]:
+                    for path, (draw, index) in mine[number : number + 1]:
                         stream = stream or stack.enter_context(closing(self._stream(use, threads)))
                         self._write(
                             path, stream.of(index, 0 if draw == VALIDATION else int(draw)), len(index)
@@ -213,8 +217,9 @@ class FrozenFeatures:
         flat = [output.permute(0, 2, 3, 1).reshape(len(x), -1) for output in kept]
         return torch.cat(flat, dim=1).to(torch.float16).cpu().numpy()
 
-    def batch(self, use: str, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> Batch:
+    def batch(self, draw: str, index: NDArray[np.int64], dtype: torch.dtype) -> Batch:
         """The images `index`, with the outputs of `network.kept_stages`: [B, C, H, W] each, channels_last."""
+        use = use_of(draw)
         rows = np.empty((len(index), self.row), np.float16)
         for row, at in zip(rows, np.searchsorted(self.images[use], index), strict=True):
             row[:] = self._shard(draw, int(at) // SHARD)[int(at) % SHARD]
@@ -239,6 +244,11 @@ class FrozenFeatures:
         return self.shards[path]
 
 
+def use_of(draw: str) -> str:
+    """What the images of a draw are for: "train" or VALIDATION."""
+    return VALIDATION if draw == VALIDATION else "train"
+
+
 class FeatureTrainStream:
     """TrainStream's micro-batches, the same images in the same order, with kept features in place of pixels."""
 
@@ -259,7 +269,7 @@ class FeatureTrainStream:
     def __next__(self) -> Batch:
         epoch, index = next(self.todo)
         draw = str(epoch % self.features.config.cache_features)
-        return self.features.batch("train", draw, index, self.dtype)
+        return self.features.batch(draw, index, self.dtype)
 
 
 class FeatureEvalStream:
@@ -277,4 +287,4 @@ class FeatureEvalStream:
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, len(self.share), self.batch_size):
             index = self.share[first : first + self.batch_size]
-            yield self.features.batch(VALIDATION, VALIDATION, index, self.dtype)
+            yield self.features.batch(VALIDATION, index, self.dtype)

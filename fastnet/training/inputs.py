@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fastnet.config import Config
@@ -45,12 +44,11 @@ class Inputs:
         waited: Callable[[float], None],
     ) -> None:
         self.config, self.data, self.runtime, self.waited = config, data, runtime, waited
-        self.threads = chosen["threads"]
         self.division = divide(data, config.holdout)
         train, images = self.division.train, len(self.division.train_images)
         check_batch_size(train.name, images, config.batch_size, config.parts, runtime.world_size)
         dtype = image_dtype(chosen["decode"], runtime)
-        self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], self.threads)
+        self.spec = InputSpec.of(config, runtime.device, dtype, chosen["decode"], chosen["threads"])
         self.steps_per_epoch = images // config.batch_size
         self.share = config.micro_batch(runtime.world_size)
         if config.holdout:  # the look at the end must not fail then, after hours
@@ -91,7 +89,7 @@ class Inputs:
         begun = state.epoch - state.phase_epoch
         epochs = range(begun, begun + phase.epochs)
         self.features = FrozenFeatures(self.config, self.data, self.division, network, self.runtime, epochs)
-        return self.features.prepare(self.threads, stop)
+        return self.features.prepare(self.spec.threads, stop)
 
     def open(self, phase: Phase, state: TrainState) -> tuple[Streamed | Resident, Any]:
         """What a phase trains on, and what it validates on. Collective."""
@@ -134,9 +132,7 @@ class Inputs:
         stream: Stream
         with contextlib.ExitStack() as stack:
             if self.features and self.caches(phase):
-                stream = FeatureTrainStream(
-                    self.features, self.runtime.amp or torch.float32, epoch=epoch, step=0
-                )
+                stream = FeatureTrainStream(self.features, self.runtime.dtype, epoch=epoch, step=0)
             else:
                 decode = streamed_decode(self.spec.decode, self.runtime.device)
                 spec = replace(self.spec, decode=decode, dtype=image_dtype(decode, self.runtime))
@@ -147,7 +143,7 @@ class Inputs:
 
     def open_features(self, features: FrozenFeatures, state: TrainState) -> tuple[Streamed, Any]:
         """Training and validation batches of kept features."""
-        dtype = self.runtime.amp or torch.float32
+        dtype = self.runtime.dtype
         stream = FeatureTrainStream(features, dtype, epoch=state.epoch, step=state.step_in_epoch)
         val = self.val if self.config.flip_average else FeatureEvalStream(features, dtype, self.share)
         return self._streamed(stream), val

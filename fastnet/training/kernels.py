@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from fastnet.config import Config
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
@@ -58,7 +56,7 @@ def compile_kernels(
 ) -> Counter[str]:
     """On this rank alone. Counts the kernels that were compiled, and those found in the cache. Raises InputError."""
     stages = [Stage(*stage) for stage in config.lstm_stages]
-    dtype = runtime.amp or torch.float32
+    dtype = runtime.dtype
     try:
         with warmup.compiling() as counts:
             if backend == "triton":

@@ -78,9 +78,9 @@ def averaged_before(phases: list[Phase], position: TrainState, last: int) -> int
     return position.phase_epoch - (phases[-1].epochs - last)
 
 
-def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:
+def finish_epoch(phases: list[Phase], position: TrainState, top1: float) -> None:
     """Moves `position` past an epoch whose validation gave `top1`: to the next epoch, the next phase, or the end."""
-    phase = plan[position.phase]
+    phase = phases[position.phase]
     position.epoch += 1
     position.phase_epoch += 1
     position.step_in_epoch = 0
@@ -94,7 +94,7 @@ def finish_epoch(plan: list[Phase], position: TrainState, top1: float) -> None:
         position.phase += 1
         position.phase_epoch = position.plateau_age = 0
         position.plateau_top1 = -1.0
-        position.done = position.phase == len(plan)
+        position.done = position.phase == len(phases)
 
 
 def learning_rate(phase: Phase, step: int, steps_per_epoch: int, warmup_epochs: float) -> float:

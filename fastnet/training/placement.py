@@ -57,7 +57,7 @@ def streamed_decode(decode: str, device: torch.device) -> str:
 
 def image_dtype(decode: str, runtime: Runtime) -> torch.dtype:
     """The type of a batch: what the first convolution computes in, unless DALI makes it, which has no bfloat16."""
-    return runtime.amp or torch.float32 if decode == "device" else runtime.image_dtype
+    return runtime.dtype if decode == "device" else runtime.image_dtype
 
 
 def _obstacle(config: Config, splits: Sequence[Split], runtime: Runtime, share: float) -> str | None:

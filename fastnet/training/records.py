@@ -53,6 +53,10 @@ class Recorder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Writes what TensorBoard's file still lacks. May be called again."""
         if self.main:
             self.board.close()
 

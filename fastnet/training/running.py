@@ -59,12 +59,21 @@ class RunningPhase:
         if self.begun:
             with runtime.agree():
                 restore(self.optimizer, self.scaler, self.path, self.begun)
-        parts = (self.optimizer, self.scaler, self.counter, self.batches, self.average, self.mixer)
-        return TrainStep(config, runtime, model, *parts)
+        return TrainStep(
+            config,
+            runtime,
+            model,
+            self.optimizer,
+            self.scaler,
+            self.counter,
+            self.batches,
+            self.average,
+            self.mixer,
+        )
 
     def capture(self) -> str:
         """Has the step replayed as a CUDA graph from now on, where that does the same; says which it is, and why."""
-        batches = self.batches.fixed(self.runtime.amp or torch.float32)
+        batches = self.batches.fixed(self.runtime.dtype)
         try:
             self.graph, agreement = capture(self.plain, batches, self.network, self.phase)
         except InputError as error:

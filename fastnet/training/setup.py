@@ -36,7 +36,7 @@ def check_alike(config: Config, data: PreparedSet, runtime: Runtime) -> None:
 
 def choices(config: Config, runtime: Runtime) -> dict[str, Any]:
     """What runs where. Raises InputError for a choice that cannot run here."""
-    dtype = runtime.amp or torch.float32
+    dtype = runtime.dtype
     if config.compile:
         check_compiler(runtime.device)
     if dtype is torch.bfloat16 and runtime.device.type == "cpu" and not has_bf16():

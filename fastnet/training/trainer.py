@@ -386,12 +386,15 @@ class Trainer:
             self.recorder.event(event, **values)
 
     def finish(self) -> None:
-        """Waits for the last save, looks at val where that is still to be done, and notes in the manifest how the
-        session ended."""
+        """Waits for the last save, looks at val where that is still to be done, notes in the manifest how the session
+        ended, and closes the records."""
         self.finish_save()
         if self.state.done and self.config.holdout:
             self.look_at_val()
         self.note(to_step=self.state.step, done=self.state.done)
+        with self.runtime.agree():  # what fails on one rank is to end all of them alike
+            self.window.close()
+            self.recorder.close()
 
     def finish_save(self) -> None:
         with self.runtime.agree():

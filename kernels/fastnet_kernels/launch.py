@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,10 +47,6 @@ def recurrent_options(dtype: torch.dtype, *, forward: bool, split: bool) -> dict
     return {"num_warps": 4, "maxnreg": registers, "launch_cooperative_grid": split}
 
 
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def forward(
     features: Sequence[Tensor],
     weights: Sequence[Weights],
@@ -81,7 +76,7 @@ def forward(
     keep_gates = save and not recompute
     if is_split(plans):
         _say_split(plans, batch)
-    with on_device(x):
+    with torch.cuda.device_of(x):
         packed = pack(weights, plans, x.dtype)
         _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=False)
         recurrent_forward(
@@ -113,7 +108,7 @@ def backward(
     bp = padded_batch(x.shape[0])
     plans = plans_for(x, stages, save=True)
     size = sizes(plans, bp)
-    with on_device(x):
+    with torch.cuda.device_of(x):
         if gates.numel() == 0:
             gates = x.new_empty(size.gates)
             _project(features, weights, plans, packed=packed, h=h, gates=gates, recompute=True)

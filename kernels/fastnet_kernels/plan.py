@@ -107,15 +107,15 @@ class Plan(NamedTuple):
     outputs: int  # columns of the output
 
 
-def plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
-    """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB), none split."""
-    return _plan(tuple(stages), _table(dtype, arch), save, False)
+def plan(
+    stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool, split: bool = False
+) -> tuple[Plan, ...]:
+    """The stages of a call, by the launch table of `arch` (of one not in it: the rows for 99 KB).
 
-
-def split_plan(stages: Sequence[Stage], dtype: torch.dtype, arch: int, *, save: bool) -> tuple[Plan, ...]:
-    """The same, every stage split that has more than one chunk and is not RESIDENT. Of the buffers only what backward
-    carries differs, so that who allocates the others need not know."""
-    return _plan(tuple(stages), _table(dtype, arch), save, True)
+    With `split`, every stage that has more than one chunk and is not RESIDENT is split. Of the buffers only what
+    backward carries differs then, so that who allocates the others need not know.
+    """
+    return _plan(tuple(stages), _table(dtype, arch), save, split)
 
 
 def _table(dtype: torch.dtype, arch: int) -> tuple[Tile, ...]:
@@ -192,17 +192,10 @@ def decide(
 ) -> tuple[Plan, ...]:
     """The plans of a call of so many batch tiles: split where all its programs fit the multiprocessors together."""
     most = programs_per_sm(arch) * max(0, processors - LEFT_FREE)
-    return _decide(tuple(stages), _table(dtype, arch), save, tiles, most)
-
-
-@cache
-def _decide(
-    stages: tuple[Stage, ...], table: tuple[Tile, ...], save: bool, tiles: int, most: int
-) -> tuple[Plan, ...]:
-    split = _plan(stages, table, save, True)
+    split = plan(stages, dtype, arch, save=save, split=True)
     meetings = sum(p.groups for p in split if p.parts > 1) * tiles
     fits = 0 < meetings <= MEETINGS and programs(split) * tiles <= most
-    return split if fits else _plan(stages, table, save, False)
+    return split if fits else plan(stages, dtype, arch, save=save)
 
 
 def programs_per_sm(arch: int) -> int:

@@ -156,36 +156,27 @@ def _computed(compute: Callable[[], list[Tensor]], device: int) -> list[Tensor]:
     return made
 
 
-def differentiable(
-    x: Tensor,
-    hx: list[Tensor],
-    weight: list[Tensor],
-    biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    """aten::lstm.input with gradients."""
-    _check(len(weight) if biases else 0, layers, bidirectional)
-    return _Differentiable.apply(batch_first, x, *hx, *weight)
+def _input(compute: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """aten::lstm.input by `compute`."""
+
+    def lstm(
+        x: Tensor,
+        hx: list[Tensor],
+        weight: list[Tensor],
+        biases: bool,
+        layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> tuple[Tensor, ...]:
+        _check(len(weight) if biases else 0, layers, bidirectional)
+        return compute(batch_first, x, *hx, *weight)
+
+    return lstm
 
 
-def forward(
-    x: Tensor,
-    hx: list[Tensor],
-    weight: list[Tensor],
-    biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, ...]:
-    """aten::lstm.input without gradients."""
-    _check(len(weight) if biases else 0, layers, bidirectional)
-    return _on_device(batch_first, x, *hx, *weight)
+differentiable, forward = _input(_Differentiable.apply), _input(_on_device)
 
 
 def _check(weights: int, layers: int, bidirectional: bool) -> None:

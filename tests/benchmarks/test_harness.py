@@ -28,8 +28,8 @@ def test_turns_change_and_warmup_is_apart() -> None:
         return run
 
     runs = {name: called(name) for name in "ab"}
-    times = harness.alternate(runs, CPU, seconds=0, least=3, warmup=2, before=lambda _: calls.append("."))
-    assert "".join(calls) == "aabb" + ".a.b" + ".b.a" + ".a.b"
+    times = harness.alternate(runs, CPU, seconds=0, least=3, before=lambda _: calls.append("."))
+    assert "".join(calls) == "ab" + ".a.b" + ".b.a" + ".a.b"
     assert {name: len(laps["work"]) for name, laps in times.items()} == {"a": 3, "b": 3}
 
 

@@ -45,11 +45,13 @@ def test_the_old_name_of_run_dir_is_refused(words: list[str]) -> None:
     ("ranks", "options", "torchrun"),
     [
         (1, [], []),
-        (2, [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]),
-        (1, ["--nnodes=2"], ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]),
+        (2, [], ["--standalone", "--nproc-per-node=2"]),
+        (1, ["--nnodes=2"], ["--nnodes=2", "--nproc-per-node=1"]),
     ],
 )
 def test_the_command_line(ranks: int, options: list[str], torchrun: list[str]) -> None:
     arguments = ["--run-dir", Path("a b"), "--seed", 3]
     line = launch_command(SCRIPT, arguments, ranks=ranks, options=options)
+    if torchrun:
+        torchrun = ["-m", "torch.distributed.run", *torchrun, "--shutdown-timeout=120"]
     assert line == [sys.executable, *torchrun, str(SCRIPT), "--run-dir", "a b", "--seed", "3"]

@@ -104,3 +104,32 @@ def test_a_rank_without_a_device_is_told_at_once(without: tuple[str, ...], tmp_p
     (line,) = said
     where = f"rank 1 on {socket.gethostname()}: " if len(without) == 1 else ""
     assert line.startswith(f"error: {where}--device auto: CUDA does not work")
+
+
+ALONE = """
+import sys
+import torch.distributed as dist
+from fastnet.cli import run_command
+from fastnet.distributed.ranks import joined
+from fastnet.errors import ImageError, InputError, LostError
+
+def main(argv):
+    kind = {"image": ImageError, "input": InputError, "stop": LostError}[argv[0]]
+    try:
+        with joined(30, "cpu"):
+            raise kind("seen")
+    finally:
+        print(f"in the group: {dist.is_initialized()}", file=sys.stderr)
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(("kind", "stays"), [("image", True), ("input", False), ("stop", False)])
+def test_a_rank_with_an_error_of_its_own_does_not_wait_for_the_others(kind: str, stays: bool) -> None:
+    """With NCCL, leaving the group would."""
+    ranks = start_ranks([[sys.executable, "-c", ALONE, kind]] * 2)
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert all(f"in the group: {stays}\n" in text for text in said), said

@@ -17,7 +17,7 @@ import torch
 
 import fastnet_kernels
 from fastnet_kernels import ChannelGroupLSTM, Stage, naive
-from fastnet_kernels.plan import padded_batch, sizes, split_plan
+from fastnet_kernels.plan import padded_batch, plan, sizes
 from ptxrun import MemoryFault, PtxError
 from tests.support.kernels import (
     KERNEL_MODULES,
@@ -274,7 +274,7 @@ def test_meetings(
 ) -> None:
     """Mutants of what split programs do to wait for each other: races between programs, or a wait without end."""
     launch = mutant(tmp_path, monkeypatch, change)
-    batch, plans = 2, split_plan([Stage(1, 3, 68)], torch.bfloat16, 80, save=True)
+    batch, plans = 2, plan([Stage(1, 3, 68)], torch.bfloat16, 80, save=True, split=True)
     size = sizes(plans, padded_batch(batch))
     gates, dgates, h = (torch.randn(n).bfloat16() for n in (size.gates, size.gates, size.states))
     packed, out = torch.zeros(size.weights).bfloat16(), torch.zeros(batch, 68).bfloat16()

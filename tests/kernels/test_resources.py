@@ -21,7 +21,6 @@ from fastnet_kernels.plan import (
     Plan,
     plan,
     programs_per_sm,
-    split_plan,
 )
 from ptxrun import Resources, cross_compile
 
@@ -33,7 +32,7 @@ OTHERS = (Stage(1, 8, 16), Stage(1, 8, 256), Stage(1, 8, 1024))
 
 
 def plans(stages: tuple[Stage, ...], dtype: torch.dtype, arch: int, split: bool = False) -> tuple[Plan, ...]:
-    return (split_plan if split else plan)(stages, dtype, arch, save=True)
+    return plan(stages, dtype, arch, save=True, split=split)
 
 
 @cache

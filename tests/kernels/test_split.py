@@ -22,7 +22,6 @@ from fastnet_kernels.plan import (
     programs,
     programs_per_sm,
     sizes,
-    split_plan,
 )
 from ptxrun import Stats
 from tests.support.kernels import executed, failures, feature_maps, on_multiprocessors
@@ -180,7 +179,7 @@ def test_shared_memory_decides_too(arch: int) -> None:
 def test_layout(dtype: torch.dtype) -> None:
     """What is saved for backward, or allocated by who does not know the choice, is the same split or not."""
     stages = [Stage(2, 3, 196), Stage(1, 2, 49), Stage(1, 3, 300)]
-    plain, split = plan(stages, dtype, 80, save=True), split_plan(stages, dtype, 80, save=True)
+    plain, split = (plan(stages, dtype, 80, save=True, split=split) for split in (False, True))
     assert sizes(plain, 32)._replace(carry=0) == sizes(split, 32)._replace(carry=0)
     alike = [
         [p._replace(parts=1, first_program=0, first_meeting=0, carry_at=0) for p in plans]

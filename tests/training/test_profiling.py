@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastnet.distributed.launch import launch_command
 from fastnet.errors import InputError
 from fastnet.training.checkpoint import load
 from tests.support.paths import SCRIPT
+from tests.support.ranks import start_ranks
 
 FLAGS = "sample --network lstm --image-size 32 --batch-size 8 --epochs 1 --head-epochs 0 --threads 1"
 RANGES = ("data", "forward", "backbone", "lstm", "backward", "optimizer")
@@ -62,6 +64,20 @@ def test_a_trace_that_cannot_be_written(tiny_set: Path, tmp_path: Path) -> None:
     given = ["--data", str(tiny_set), "--run-dir", str(run)]
     with pytest.raises(InputError, match=r"trace-rank0\.json: is no file"):
         train.main([*FLAGS.split(), *given, "--profile-steps", "0:1", "--max-steps", "2"])
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ranks")
+def test_a_trace_that_one_rank_cannot_write_at_the_end(tiny_set: Path, tmp_path: Path) -> None:
+    """All is saved by then; both ranks end alike, and rank 0 says why."""
+    run = tmp_path / "run"
+    (run / "trace-rank1.json").mkdir(parents=True)
+    given = ["--data", tiny_set, "--run-dir", run, "--profile-steps", "1:9", "--max-steps", 2]
+    ranks = start_ranks([launch_command(SCRIPT, [*FLAGS.split(), *given], ranks=1)] * 2)
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert re.search(r"^error: .*trace-rank1\.json: is no file", said[0], re.M)
+    assert load(run / "last.pt").position.step == 2
 
 
 @pytest.mark.long
