@@ -16,7 +16,7 @@ demo: setup
 
 # Two workers, as two cores have: tests that start ranks of their own stay together in one of them.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long" --durations=10
 
 # With the tests that would take `make test` beyond its eight minutes.
 test-all: setup

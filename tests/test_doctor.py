@@ -104,6 +104,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.compiler()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> N
         ranks.ranks()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_packages_that_cannot_be_imported(tmp_path: Path) -> None:
     """What is broken is what the doctor is asked about, so each check stands on its own."""

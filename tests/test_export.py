@@ -95,7 +95,9 @@ def as_function(names: dict[str, Any]) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.slow), "safetensors"])
+@pytest.mark.parametrize(
+    "form", ["torch", pytest.param("onnx", marks=[pytest.mark.long, pytest.mark.slow]), "safetensors"]
+)
 def test_exports_compute_and_tell_what_the_checkpoint_does(
     form: str,
     network: str,
@@ -212,6 +214,7 @@ def test_what_a_killed_export_left_is_replaced(small_linear: Path, tmp_path: Pat
     assert len(modes) == 1, "weights that others cannot read"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_program_loads_with_torch_alone(small_lstm: Path, tmp_path: Path) -> None:
     export.main([str(small_lstm), "--format", "torch", "--out", str(tmp_path / "out")])

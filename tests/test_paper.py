@@ -16,6 +16,7 @@ from fastnet import paper
 from fastnet.distributed import device
 from fastnet.errors import InputError
 from tests.support.paths import REPOSITORY
+from tests.support.tiny import refused
 
 FLAGS = (
     "--weights none --image-size 32 --batch-size 8 --head-epochs 1 --epochs 1 --log-every 2 --threads 1 --lr 0.01 "
@@ -86,6 +87,7 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     assert "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_device_is_that_of_all_steps(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,16 +133,16 @@ def test_what_the_lstm_network_starts_from(
     assert "--weights-partial" not in lstm
 
 
-@pytest.mark.slow
-def test_bad_flags_are_refused_before_anything_starts(tiny_set: Path, tmp_path: Path) -> None:
+def test_bad_flags_are_refused_before_anything_starts(
+    tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {
         "--nonsense": "unrecognized arguments: --nonsense (see python -m fastnet.paper --help)",
         "--seq-len=100": "--seq-len 100: must divide the 256 channels of conv4",  # which the baseline has no use for
     }
     for flag, line in told.items():
-        done = subprocess.run(command(tiny_set, tmp_path / "paper", flag), capture_output=True, text=True)
-        assert done.returncode == 2
-        assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [f"error: {line}"]
+        flags = command(tiny_set, tmp_path / "paper", flag)[3:]
+        assert refused(capsys, monkeypatch, *flags, main=paper.main) == f"error: {line}"
     assert not (tmp_path / "paper").exists()
 
 

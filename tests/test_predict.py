@@ -179,6 +179,8 @@ def test_a_folder_is_searched_through_links(runs: list[Path], tmp_path: Path) ->
         predict.main(command)
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_reader_that_has_gone_costs_no_file(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     words = [sys.executable, "-m", "fastnet.predict", str(runs[0]), "--images", str(tmp_path / "a.jpg")]

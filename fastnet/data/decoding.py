@@ -20,7 +20,7 @@ CHUNK_PIXELS = 1 << 24  # 50 MB decoded
 
 
 def areas(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Pixels of images [N] of `sizes` [N, 2], heights and widths; those of a damaged set exceed an int32."""
+    """Pixels of images [N] of `sizes` [N, 2], heights and widths: int64, as their sums exceed an int32."""
     return sizes.astype(np.int64).prod(axis=1)
 
 

@@ -86,6 +86,7 @@ def test_a_set_with_too_few_classes(folder: Path, tiny_set: Path) -> None:
         accuracy.main(["ablation", "--data", str(tiny_set), "--weights", "FILE"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_path_may_have_spaces(folder: Path, tiny_set: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

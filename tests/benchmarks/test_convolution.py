@@ -10,6 +10,7 @@ import pytest
 from benchmarks import convolution, harness
 
 
+@pytest.mark.slow
 def test_every_case_has_its_ways_and_ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "QUICK", tmp_path)
     monkeypatch.setattr(convolution, "IMAGE_SIZES", (64, 96))

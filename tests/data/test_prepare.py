@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastnet.cli import run_command
 from fastnet.data import sample
 from fastnet.data.download import download
 from fastnet.data.lock import exclusive
@@ -37,6 +38,7 @@ from tests.support.paths import REPOSITORY
 
 CLASSES, TRAIN, VAL, TEST = 3, 5, 12, 11
 FILES = dict(official_files(CLASSES, TRAIN, VAL, TEST, lambda i: jpeg(i, grey=i == 4)))
+Refused = Callable[..., str]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
@@ -45,14 +47,27 @@ def command(*args: object, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, **more)
 
 
-def refused(out: Path, *args: object, **more: Any) -> str:
-    """Runs the command, which must fail with one line on stderr and code 2 and leave nothing; the line."""
-    done = command(*args, "--out", out, **more)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+def assert_refused(code: object, said: str, out: Path) -> str:
+    """Code 2 and one line, with nothing left behind; the line."""
+    assert code == 2, said
+    lines = said.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), said
     assert not out.exists() and not list(out.parent.glob(f".{out.name}*"))
     return lines[0]
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    """Runs the command in this process, which must be refused; the line. DALI's own output would be seen."""
+
+    def run(out: Path, *args: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args), "--out", str(out)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        return assert_refused(ended.value.code, capfd.readouterr().err, out)
+
+    return run
 
 
 def prepared(source: Path, out: Path, *args: str) -> PreparedSet:
@@ -260,6 +275,7 @@ def test_a_source_without_val_gives_a_share_of_each_class(tmp_path: Path) -> Non
     assert val == {name for name in more.splits["val"].names if "eel" not in name}
 
 
+@pytest.mark.slow
 def test_sample_is_tiny_imagenet_in_small(tmp_path: Path) -> None:
     chosen = prepare_sample(tmp_path / "sample")
     counts = {name: len(split) for name, split in chosen.splits.items()}
@@ -451,7 +467,7 @@ BAD_LAYOUTS: dict[str, tuple[dict[str, bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_LAYOUTS)
-def test_bad_layout(case: str, tmp_path: Path) -> None:
+def test_bad_layout(case: str, tmp_path: Path, refused: Refused) -> None:
     files, message = BAD_LAYOUTS[case]
     if case == "no images":
         files = {**files, "val/val_annotations.txt": b""}
@@ -478,17 +494,19 @@ def zip_with(path: Path, name: str, mode: int = 0o644) -> Path:
         (f"{ROOT}test/images/link.JPEG", stat.S_IFLNK | 0o777, "is a link"),
     ],
 )
-def test_zip_that_reaches_outside(name: str, mode: int, message: str, tmp_path: Path) -> None:
+def test_zip_that_reaches_outside(
+    name: str, mode: int, message: str, tmp_path: Path, refused: Refused
+) -> None:
     assert message in refused(tmp_path / "set", zip_with(tmp_path / "source.zip", name, mode))
 
 
-def test_truncated_zip(archive: Path, tmp_path: Path) -> None:
+def test_truncated_zip(archive: Path, tmp_path: Path, refused: Refused) -> None:
     content = archive.read_bytes()
     archive.write_bytes(content[: len(content) * 3 // 4])
     assert f"{archive}: not a whole zip" in refused(tmp_path / "set", archive)
 
 
-def test_zip_with_a_damaged_member(archive: Path, tmp_path: Path) -> None:
+def test_zip_with_a_damaged_member(archive: Path, tmp_path: Path, refused: Refused) -> None:
     with zipfile.ZipFile(archive) as opened:
         at = opened.getinfo(ROOT + BAD_IMAGE).header_offset
     content = bytearray(archive.read_bytes())
@@ -497,7 +515,7 @@ def test_zip_with_a_damaged_member(archive: Path, tmp_path: Path) -> None:
     assert f"{ROOT}{BAD_IMAGE} cannot be read" in refused(tmp_path / "set", archive)
 
 
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_sources_that_are_none(tmp_path: Path, refused: Refused) -> None:
     out = tmp_path / "set"
     assert f"{tmp_path / 'absent'}: no such file" in refused(out, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -527,7 +545,7 @@ def test_bad_class_folders(files: dict[str, bytes], message: str, tmp_path: Path
     assert not (tmp_path / "set").exists()
 
 
-def test_bad_parquet(tmp_path: Path) -> None:
+def test_bad_parquet(tmp_path: Path, refused: Refused) -> None:
     rows: list[tuple[str | None, bytes, int]] = [(None, jpeg(i), i % 2) for i in range(6)]
     out = tmp_path / "set"
     cut = write_parquet(tmp_path / "cut", {"train": rows}, None)
@@ -548,7 +566,8 @@ def test_file_system_refuses_to_write(archive: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    assert "no space left" in refused(tmp_path / "set", archive, preexec_fn=limit)
+    done = command(archive, "--out", tmp_path / "set", preexec_fn=limit)
+    assert "no space left" in assert_refused(done.returncode, done.stderr, tmp_path / "set")
     assert len(prepared(archive, tmp_path / "set").splits["train"]) == CLASSES * TRAIN
 
 

@@ -78,6 +78,8 @@ def test_hash_is_of_the_contents_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert open_set(make(tmp_path / "other", seed=1)).hash != first
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_opening_reads_no_images(tmp_path: Path) -> None:
     """A file of 100,000 images is opened by its offsets: far fewer bytes are touched than it has."""
     source = Source(
@@ -212,6 +214,7 @@ def test_default_set_never_falls_back_silently(tmp_path: Path, monkeypatch: pyte
         default_set(None)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_first_use_by_eight_ranks_makes_one_sample(tmp_path: Path) -> None:
     script = (

@@ -36,7 +36,11 @@ def ranks_by_hand(data: Path, run: Path, *flags: str, hosts: int = 1) -> list[su
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.long), signal.SIGSTOP],
+    ids=["killed", "frozen"],
+)
 def test_a_lost_rank_ends_the_other_in_time(
     number: signal.Signals, victim: int, tiny_set: Path, tmp_path: Path
 ) -> None:
@@ -60,6 +64,7 @@ def test_a_lost_rank_ends_the_other_in_time(
         assert [epoch["train_count"] for epoch in events(run, "epoch")] == [40] * 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: Path) -> None:
@@ -83,7 +88,7 @@ def test_torchrun_starts_ranks_again_that_were_killed(tiny_set: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize(("hosts", "code"), [(1, 0), (2, 1)])
+@pytest.mark.parametrize(("hosts", "code"), [pytest.param(1, 0, marks=pytest.mark.long), (2, 1)])
 def test_a_host_that_was_not_told_to_stop_does_not_call_it_done(
     hosts: int, code: int, tiny_set: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from tests.support.hosts import Hosts, ip
 from tests.support.runs import events, wait_for_step
 from tests.support.tiny import STEPS, TINY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ print(faults(20))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """Almost without page faults; by default there is one for each page of every large tensor."""

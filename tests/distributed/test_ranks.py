@@ -127,7 +127,14 @@ run_command(main)
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize(("kind", "stays"), [("image", True), ("input", False), ("stop", False)])
+@pytest.mark.parametrize(
+    ("kind", "stays"),
+    [
+        ("image", True),
+        pytest.param("input", False, marks=pytest.mark.long),
+        pytest.param("stop", False, marks=pytest.mark.long),
+    ],
+)
 def test_a_rank_with_an_error_of_its_own_does_not_wait_for_the_others(kind: str, stays: bool) -> None:
     """With NCCL, leaving the group would."""
     ranks = start_ranks([[sys.executable, "-c", ALONE, kind]] * 2)

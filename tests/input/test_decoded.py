@@ -27,6 +27,7 @@ def fresh(prepared: PreparedSet, tmp_path: Path) -> Split:
     return open_set(tmp_path).splits["train"]
 
 
+@pytest.mark.slow
 def test_raw_has_the_pixels_of_cpu(fresh: Split) -> None:
     augment = Augment(policy="trivial", erase=0.3)
     decoded = by_sample(take(stream(fresh, augment, how=spec(decode="raw")), 8))

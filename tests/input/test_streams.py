@@ -74,7 +74,9 @@ def test_resume_in_mid_epoch_is_exact_also_with_other_ranks(train: Split, world:
         assert torch.equal(torch.cat([r[number].y for r in ranks]), expected.y)
 
 
-@pytest.mark.parametrize("policy", [*POLICIES[:-1], pytest.param(POLICIES[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "policy", [*POLICIES[:-1], pytest.param(POLICIES[-1], marks=[pytest.mark.long, pytest.mark.slow])]
+)
 def test_pixels_depend_on_seed_epoch_and_sample_alone(train: Split, policy: str) -> None:
     augment = Augment(policy=policy, erase=0.5)
     reference = by_sample(take(stream(train, augment, batch_size=TRAIN), 1))

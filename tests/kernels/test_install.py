@@ -29,6 +29,7 @@ print(fastnet_kernels.__file__, ptxrun.__file__)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kernels_alone(tmp_path: Path) -> None:
     """pip install ./kernels, without its dependencies: those of this environment serve."""

@@ -261,10 +261,17 @@ def test_races(
         pytest.param(
             ("fused_backward", remove_wait("backward_split")), {"backward_kernel"}, id="no-meeting-backward"
         ),
-        pytest.param(("meeting", relax_arrival), BOTH, id="arrival-not-released"),
-        pytest.param(("meeting", narrow_arrival), BOTH, id="arrival-released-to-its-program"),
-        pytest.param(("meeting", relax_wait), BOTH, id="wait-does-not-acquire"),
-        pytest.param(("meeting", arrive_before_all_have_stored), BOTH, id="no-barrier-before-arrival"),
+        pytest.param(("meeting", relax_arrival), BOTH, id="arrival-not-released", marks=pytest.mark.long),
+        pytest.param(
+            ("meeting", narrow_arrival), BOTH, id="arrival-released-to-its-program", marks=pytest.mark.long
+        ),
+        pytest.param(("meeting", relax_wait), BOTH, id="wait-does-not-acquire", marks=pytest.mark.long),
+        pytest.param(
+            ("meeting", arrive_before_all_have_stored),
+            BOTH,
+            id="no-barrier-before-arrival",
+            marks=pytest.mark.long,
+        ),
         pytest.param(("meeting", reset_early), {"hang"}, id="reset-early"),
         pytest.param(("meeting", never_reset), BOTH, id="never-reset"),
     ],

@@ -68,7 +68,7 @@ def test_frozen_features_and_inference() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=[pytest.mark.long, pytest.mark.slow])])
 def test_opcheck(recompute: bool) -> None:
     module, _ = pair()
     x = inputs(2)
@@ -86,7 +86,9 @@ def test_opcheck(recompute: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
-@pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("torch", marks=[pytest.mark.long, pytest.mark.slow])]
+)
 def test_compile_fullgraph(backend: op.Backend) -> None:
     """A small network in one graph for any batch size, forward and backward."""
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU()).to(memory_format=torch.channels_last)

@@ -33,6 +33,7 @@ def assert_clean(runs: dict[str, list[Stats]]) -> None:
             assert not stats.uninit, f"{name}: {stats.uninit}"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
     """One launch of each kernel; the recurrent work and W_hh traffic exactly as computed from the tiles."""
@@ -59,10 +60,12 @@ def test_sizes_of_the_paper(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("stages", "batch", "dtype", "recompute"),
     [
-        pytest.param([(1, 2, 100), (1, 2, 16)], 19, FP16, True, id="ragged-recomputed-fp16"),
+        pytest.param(
+            [(1, 2, 100), (1, 2, 16)], 19, FP16, True, id="ragged-recomputed-fp16", marks=pytest.mark.long
+        ),
         pytest.param([(1, 2, 68), (1, 2, 37)], 17, BF16, False, id="ragged-bf16"),
-        pytest.param([(1, 2, 272)], 2, BF16, False, id="blocked-bf16"),
-        pytest.param([(1, 2, 37)], 3, FP32, False, id="fp32"),
+        pytest.param([(1, 2, 272)], 2, BF16, False, id="blocked-bf16", marks=pytest.mark.long),
+        pytest.param([(1, 2, 37)], 3, FP32, False, id="fp32", marks=pytest.mark.long),
     ],
 )
 def test_random_schedules(
@@ -78,7 +81,7 @@ def test_random_schedules(
     ("stages", "dtype"),
     [
         pytest.param([(1, 4, 68), (1, 3, 16)], BF16, id="bf16"),
-        pytest.param([(1, 3, 37)], FP32, id="blocked-fp32"),
+        pytest.param([(1, 3, 37)], FP32, id="blocked-fp32", marks=pytest.mark.long),
     ],
 )
 def test_inference(stages: list[tuple[int, int, int]], dtype: torch.dtype) -> None:

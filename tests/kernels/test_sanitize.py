@@ -7,9 +7,13 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.paths import REPOSITORY
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_the_tests_it_runs_are_there() -> None:
     script = (REPOSITORY / "kernels" / "sanitize.sh").read_text()
     command = re.search(r"-m pytest (.*?)\ndone", script.replace("\\\n", " "), re.DOTALL)

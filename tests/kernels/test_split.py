@@ -48,14 +48,32 @@ def assert_split_and_clean(runs: dict[str, list[Stats]], programs: int) -> None:
 @pytest.mark.parametrize(
     ("stages", "batch", "dtype", "recompute", "programs"),
     [
-        pytest.param([(1, 3, 68), (1, 2, 16)], 2, BF16, False, 3 + 1, id="bf16"),
-        pytest.param([(2, 2, 68)], 19, FP16, True, 2 * 3 * 2, id="ragged-recomputed-fp16"),
-        pytest.param([(1, 3, 37)], 3, FP32, False, 2, id="fp32"),
         pytest.param(
-            [(1, 3, 196), (2, 3, 49)], 5, BF16, False, 7 + 2, id="paper-bf16", marks=pytest.mark.slow
+            [(1, 3, 68), (1, 2, 16)],
+            2,
+            BF16,
+            False,
+            3 + 1,
+            id="bf16",
+            marks=[pytest.mark.long, pytest.mark.slow],
         ),
-        pytest.param([(1, 2, 272)], 2, BF16, False, 10, id="blocked-bf16", marks=pytest.mark.slow),
-        pytest.param([(1, 1, 68)], 2, FP16, False, 3, id="one-step", marks=pytest.mark.slow),
+        pytest.param([(2, 2, 68)], 19, FP16, True, 2 * 3 * 2, id="ragged-recomputed-fp16"),
+        pytest.param([(1, 3, 37)], 3, FP32, False, 2, id="fp32", marks=[pytest.mark.long, pytest.mark.slow]),
+        pytest.param(
+            [(1, 3, 196), (2, 3, 49)],
+            5,
+            BF16,
+            False,
+            7 + 2,
+            id="paper-bf16",
+            marks=[pytest.mark.long, pytest.mark.slow],
+        ),
+        pytest.param(
+            [(1, 2, 272)], 2, BF16, False, 10, id="blocked-bf16", marks=[pytest.mark.long, pytest.mark.slow]
+        ),
+        pytest.param(
+            [(1, 1, 68)], 2, FP16, False, 3, id="one-step", marks=[pytest.mark.long, pytest.mark.slow]
+        ),
     ],
 )
 def test_against_float64(
@@ -66,6 +84,7 @@ def test_against_float64(
     assert_split_and_clean(runs, programs)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_random_schedules() -> None:
     """Warps and thread blocks in random order, two tiles of the batch."""
@@ -74,6 +93,7 @@ def test_random_schedules() -> None:
     assert_split_and_clean(runs, 3 * 2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_work_of_a_step() -> None:
     """Tensor-core instructions, and bytes of h and of dh's sums, exactly as computed from the tiles."""
@@ -88,6 +108,7 @@ def test_work_of_a_step() -> None:
     assert backward.unique["carry"] == (2 * 7 * rows * padded * 4, 2 * 7 * rows * padded * 4)
 
 
+@pytest.mark.slow
 def test_inference_and_second_backward(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ def two_steps(backend: Literal["torch", "triton"]) -> tuple[list[float], list[Te
     return losses, [p.grad for p in network.parameters() if p.grad is not None]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
 def test_two_steps_equal_torch() -> None:
@@ -44,6 +45,7 @@ def test_two_steps_equal_torch() -> None:
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("triton_on_cpu")
 def test_compiles_in_one_graph() -> None:

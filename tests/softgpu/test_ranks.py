@@ -15,7 +15,13 @@ from tests.softgpu.process import PATH, needs_compiler, run_python
 from tests.support.ranks import start_ranks
 from tests.support.runs import events
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("ranks"), needs_compiler]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("ranks"),
+    needs_compiler,
+]
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", "--"]
 # The frozen phase's five steps and one of the whole network, in float32.
@@ -25,7 +31,6 @@ FLAGS += ["--cuda-graph", "off"]
 FLAGS += ["--erase", "0.25"]  # so that DALI makes the images on the CPU, too
 
 
-@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
     on = {"cuda": ["-m", "softgpu", "--devices", "2"], "cpu": []}
@@ -45,14 +50,13 @@ def test_two_ranks(tiny_set: Path, tmp_path: Path) -> None:
     assert apart <= 4 * eps * math.hypot(*(b[name].norm().item() for name in weights))
 
 
-@pytest.mark.parametrize("check", ["summed", pytest.param("broken_off", marks=pytest.mark.long)])
+@pytest.mark.parametrize("check", ["summed", "broken_off"])
 def test_gradients_are_summed_in_the_graph(check: str, tiny_set: Path, tmp_path: Path) -> None:
     """And where one rank's capture breaks off, both go on with plain steps."""
     inside = ["-m", "softgpu", "--devices", "2", "-m", "tests.softgpu.captured_ranks", check]
     run_python([*TORCHRUN, sys.executable, *inside, str(tiny_set), str(tmp_path)])
 
 
-@pytest.mark.long
 def test_full_memory_of_one_rank_ends_both(tiny_set: Path, tmp_path: Path) -> None:
     """The other one waits for its gradients. One line for both, and exit code 2 from each."""
     # ResNet-18's weights, momentum and gradients are 45 MB each, and activations come on top.
@@ -80,7 +84,6 @@ def test_full_memory_of_one_rank_ends_both(tiny_set: Path, tmp_path: Path) -> No
     assert not any("Traceback" in line for line in said)
 
 
-@pytest.mark.long
 def test_accumulate_auto_takes_what_the_fullest_rank_needs(tiny_set: Path, tmp_path: Path) -> None:
     """16 images of a rank take 38 MB at 64 px in a network that ends with conv2."""
     flags = ["sample", "--network", "linear", "--stages", "conv2", "--image-size", "64", "--batch-size", "32"]
@@ -95,7 +98,6 @@ def test_accumulate_auto_takes_what_the_fullest_rank_needs(tiny_set: Path, tmp_p
     assert session["accumulate"] > 1
 
 
-@pytest.mark.long
 def test_gpus_of_two_generations_train_the_lstm_network(tiny_set: Path, tmp_path: Path) -> None:
     """Of which one has the Triton kernels, and the other PyTorch's operators."""
     flags = [*FLAGS, "--network", "lstm", "--decode", "cpu", "--max-steps", "1"]

@@ -11,14 +11,18 @@ from tests.softgpu.process import needs_compiler, run_python
 CHECKS = Path(__file__).with_name("checks")
 # The checks of each group and softgpu's options; the groups that take long come first.
 GROUPS = {
-    "lstm": (["check_training.py", "-k", "lstm"], []),
+    "steps": (["check_training.py", "-k", "bf16"], []),
+    "steps in other types": (["check_training.py", "-k", "not bf16"], []),
     "kernels": (["check_kernels.py"], []),
     "compiled": (["check_compiled.py", "-k", "captured"], []),
     "commands": (["check_commands.py", "-k", "not deterministic"], []),
     "deterministic": (["check_commands.py", "-k", "deterministic"], []),
-    "baseline": (["check_training.py", "-k", "not lstm"], []),
     "graphs": (["check_graphs.py"], []),
-    "capture": (["check_capture.py", "-k", "not executed"], []),
+    "capture": (["check_capture.py", "-k", "recipe or waits or batch"], []),
+    "more of capture": (
+        ["check_capture.py", "-k", "not executed and not recipe and not waits and not batch"],
+        [],
+    ),
     "executed in a graph": (["check_capture.py", "-k", "executed"], []),
     "doctor": (["check_doctor.py"], ["--devices", "2"]),
     "apex": (["check_apex.py"], []),
@@ -34,6 +38,7 @@ GROUPS = {
 
 
 LONG = {"compiled", "executed in a graph", "deterministic", "images", "doctor", "apex", "hopper"}
+LONG |= {"kernels", "commands", "steps in other types", "more of capture", "accumulation", "graphs"}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ def run_ranks(ranks: int, data: Path, run: Path, *flags: str) -> subprocess.Comp
     return subprocess.run(command(ranks, data, run, *flags), capture_output=True, text=True, timeout=240)
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *flags: object) -> str:
-    """Runs train.py with bad input in this process: one line on stderr, exit code 2; the line."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *flags: object,
+    main: Callable[[Sequence[str]], dict[str, Any]] = train.main,
+) -> str:
+    """Runs a command, train.py if none is given, with bad input in this process: one line on stderr, exit code 2; the
+    line."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        run_command(train.main)
+        run_command(main)
     assert ended.value.code == 2
     lines = [
         line for line in capsys.readouterr().err.splitlines() if not line.startswith(("data: ", "uses: "))

@@ -123,6 +123,7 @@ def test_two_ranks_divide_the_files(kept: Path, own_set: Path, tmp_path: Path) -
     assert len(list(other.glob("features/*/*.npy"))) == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_hosts_with_sets_of_their_own(kept: Path, own_set: Path, tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ def test_hosts_with_sets_of_their_own(kept: Path, own_set: Path, tmp_path: Path)
         shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_stages_frozen_after_they_trained(tiny_set: Path, tmp_path: Path) -> None:

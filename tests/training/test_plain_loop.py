@@ -102,7 +102,10 @@ class PlainLoop:
         p -= rate * unbiased / (spread + 1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", pytest.param("adamw", marks=[pytest.mark.long, pytest.mark.slow])]
+)
 def test_a_run_is_the_loop_it_stands_for(optimizer: str, tiny_set: Path, tmp_path: Path) -> None:
     """Loss, gradients, clipping, rates by step and stage, weight decay and the moving average."""
     data = default_set(tiny_set)

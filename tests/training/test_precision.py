@@ -19,7 +19,10 @@ from tests.support.tiny import run_here
 BF16 = ["--precision", "bf16", "--head-epochs", "1", "--epochs", "1", "--log-every", "1"]
 
 
-@pytest.mark.parametrize("network", ["baseline", "lstm"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network", [pytest.param("baseline", marks=[pytest.mark.long, pytest.mark.slow]), "lstm"]
+)
 def test_a_run_in_bf16(network: str, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images are float32, convolutions give bfloat16 in training and in validation, weights and logits are float32."""
     seen: set[tuple[bool, torch.dtype, torch.dtype, torch.dtype]] = set()

@@ -66,6 +66,7 @@ def test_a_trace_that_cannot_be_written(tiny_set: Path, tmp_path: Path) -> None:
         train.main([*FLAGS.split(), *given, "--profile-steps", "0:1", "--max-steps", "2"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.xdist_group("ranks")
 def test_a_trace_that_one_rank_cannot_write_at_the_end(tiny_set: Path, tmp_path: Path) -> None:

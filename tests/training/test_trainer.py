@@ -80,7 +80,9 @@ def test_a_finished_run_is_left_alone(whole: Path, tiny_set: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=["SIGTERM", "SIGINT"]
+)
 def test_a_signal_saves_and_the_same_command_continues(
     number: signal.Signals, whole: Path, tiny_set: Path, tmp_path: Path
 ) -> None:

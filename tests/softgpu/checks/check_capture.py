@@ -47,9 +47,14 @@ def trained(run: Path, data: Path, **settings: Any) -> tuple[list[dict[str, Tens
 @pytest.mark.parametrize(
     ("network", "amp", "settings"),
     [
-        ("baseline", torch.float16, {"accumulate": 2, "optimizer": "adamw", "decode": "gpu", **RECIPE}),
-        ("lstm", torch.bfloat16, {"decode": "raw"}),
-        ("baseline", torch.bfloat16, {"decode": "cpu", "cache_features": 1}),
+        pytest.param(
+            "baseline",
+            torch.float16,
+            {"accumulate": 2, "optimizer": "adamw", "decode": "gpu", **RECIPE},
+            id="recipe",
+        ),
+        pytest.param("lstm", torch.bfloat16, {"decode": "raw"}, id="lstm"),
+        pytest.param("baseline", torch.bfloat16, {"decode": "cpu", "cache_features": 1}, id="features"),
         pytest.param("baseline", torch.bfloat16, {"decode": "device"}, id="executed"),
     ],
 )

@@ -20,7 +20,7 @@ from tests.softgpu.trainers import begin, tiny_trainer
 from tests.softgpu.weights import distance, snapshot
 
 NETWORKS = ("baseline", "lstm")
-AMP = (None, torch.bfloat16, torch.float16)
+AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE, TOO_LARGE = 2.0**7, 2.0**24  # of the loss: no gradient, or every step, overflows in fp16
 PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm", "bmm")
 LOSS = ("_log_softmax", "_log_softmax_backward_data", "nll_loss_forward", "nll_loss_backward")
@@ -80,7 +80,7 @@ def exact(network: str, tiny_set: Path, tmp_path_factory: pytest.TempPathFactory
     return steps(network, "cpu", None, tiny_set, tmp_path_factory.mktemp("exact"), double=True)
 
 
-@pytest.mark.parametrize("amp", AMP)
+@pytest.mark.parametrize("amp", AMP.values(), ids=list(AMP))
 def test_steps(
     amp: torch.dtype | None, network: str, exact: list[Outcome], tiny_set: Path, tmp_path: Path
 ) -> None:
