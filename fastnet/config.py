@@ -153,8 +153,13 @@ class Config:
         "epochs; 0: on images of full size",
         within=(0, 4096),
     )
-    lr: float = _flag(0.02, "training", "peak learning rate while the whole network trains", above=0)
-    head_lr: float = _flag(0.002, "training", "peak learning rate of the frozen phase", above=0)
+    # A GPU's learning rate is a float32.
+    lr: float = _flag(
+        0.02, "training", "peak learning rate while the whole network trains", above=0, within=(0, 1e38)
+    )
+    head_lr: float = _flag(
+        0.002, "training", "peak learning rate of the frozen phase", above=0, within=(0, 1e38)
+    )
     optimizer: str = _flag(
         "sgd", "training", "optimiser while the whole network trains", choices=("sgd", "adamw")
     )

@@ -82,6 +82,7 @@ def test_config_survives_json(preset: str, network: str) -> None:
         (["--batch-size", "many"], r"--batch-size: invalid int value: 'many'"),
         (["--lr", "nan"], r"--lr nan: must be a finite number"),
         (["--lr", "0"], r"--lr 0.0: must be greater than 0"),
+        (["--head-lr", "1e39"], r"--head-lr 1e\+39: must lie between 0 and 1e\+38"),
         (["--flip", "1.5"], r"--flip 1.5: must lie between 0 and 1"),
         (["--network", "vgg"], r"--network: invalid choice: 'vgg'"),
         (["--stages", "conv6"], r"--stages conv6: name some of conv2, conv3, conv4, conv5"),
