@@ -93,6 +93,7 @@ def small_set(classes: int, images: int, words: list[str] | None = None) -> tupl
     split = Split(
         name="val",
         path=Path("val.arrow"),
+        digest="",
         labels=np.arange(images) % classes,
         sizes=np.full((images, 2), 64, np.int32),
         table=pa.table({"name": [f"val_{i}.JPEG" for i in range(images)]}),

@@ -62,10 +62,10 @@ def file_md5(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def natural(name: str) -> list[tuple[int, str, str]]:
-    """Sort key that puts val_2 before val_10."""
+def natural(name: str) -> tuple[list[tuple[int, str, str]], str]:
+    """Sort key that puts val_2 before val_10; two names that differ in leading zeros have an order too."""
     parts = ((digits.lstrip("0"), text) for digits, text in re.findall(r"(\d+)|(\D+)", name))
-    return [(len(digits), digits, text) for digits, text in parts]
+    return [(len(digits), digits, text) for digits, text in parts], name
 
 
 def readable(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +16,21 @@ def exclusive(target: Path) -> Iterator[None]:
     """Holds a lock file beside `target`, which the system releases if the process is killed.
 
     Creates missing parent directories. Raises OSError if the lock file cannot be made; a link in its place is not
-    followed.
+    followed. On a file system without locks it warns, and locks nothing.
     """
     path = target.with_name(f".{target.name}.lock")
-    lock = FileLock(path)
+    lock = FileLock(path, mode=0o666)  # another user's process may have to wait for it
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         print(f"waiting for another process that is making {target}", file=sys.stderr, flush=True)
         lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        reason = f"{target}: this file system has no locks; make sure that only one process makes it"
+        print(reason, file=sys.stderr, flush=True)
     try:
         yield
     finally:

@@ -91,6 +91,7 @@ class Split:
 
     name: str
     path: Path
+    digest: str  # sha256 of the file, as set.json had it
     labels: np.ndarray
     sizes: np.ndarray
     table: pa.Table = field(repr=False)
@@ -104,6 +105,7 @@ class Split:
         return Split(
             name=name,
             path=path,
+            digest="",
             labels=np.full(len(images), -1, np.int64),
             sizes=sizes,
             table=pa.table({"name": names}),
@@ -252,7 +254,7 @@ def open_split(name: str, path: Path, entry: SplitMeta, classes: int) -> Split:
     sizes = np.stack([table.column(c).to_numpy() for c in ("height", "width")], axis=1)
     if sizes.min() < 1 or sizes.astype(np.int64).prod(axis=1).max() > MAX_PIXELS:
         raise damaged(path, "its image sizes are out of range")
-    return Split(name, path, labels, sizes, table, np.frombuffer(buffer, np.uint8), bounds)
+    return Split(name, path, entry.sha256, labels, sizes, table, np.frombuffer(buffer, np.uint8), bounds)
 
 
 def read_table(path: Path, buffer: pa.Buffer, count: int) -> tuple[pa.Table, np.ndarray]:

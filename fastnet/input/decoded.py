@@ -28,15 +28,20 @@ HEADER = 128
 class DecodedImages:
     """The decoded images of a split. Makes the file if there is none; if many processes ask at once, one makes it.
 
-    Raises InputError if the file cannot be written or was decoded from another version of the split.
+    Raises InputError if the file cannot be written or was decoded from another version of the split, and if the set was
+    replaced since it was opened.
     """
 
     def __init__(self, split: Split, threads: int) -> None:
         path = split.path.with_suffix(".raw")
         self.sizes = split.sizes
         self.starts = HEADER + np.concatenate([[0], np.cumsum(_image_bytes(split))])  # [N + 1]
-        digest = read_meta(split.path.parent).splits[split.name].sha256
-        header = f"fastnet raw 1 {digest}\n".encode().ljust(HEADER)
+        now = read_meta(split.path.parent).splits.get(split.name)
+        if now is None or now.sha256 != split.digest:
+            raise InputError(
+                f"{split.path.parent}: was replaced by another set since it was opened; start again"
+            )
+        header = f"fastnet raw 1 {split.digest}\n".encode().ljust(HEADER)
         if not path.exists():
             try:
                 with exclusive(path):

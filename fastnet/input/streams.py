@@ -12,6 +12,7 @@ Shapes: B images of a micro-batch, H = W = image_size.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -87,12 +88,13 @@ def micro_batches(
 
 
 def check_memory(sizes: NDArray[np.int32], batch_size: int) -> None:
-    """Raises InputError if batches of the largest images, decoded, would take more than half of this machine's memory.
+    """Raises InputError if batches of the largest images, decoded, would take more than half of this machine's memory
+    in all of its ranks.
 
     sizes: [N, 2] int32, heights and widths.
     """
     pixels = np.sort(areas(sizes))[-batch_size:].sum()
-    needed = int(pixels) * 3 * (PREFETCH + 1)
+    needed = int(pixels) * 3 * (PREFETCH + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     there = machine_memory()
     if needed > there / 2:
         raise InputError(

@@ -153,8 +153,8 @@ class FrozenFeatures:
         return path.is_file() and path.stat().st_size == size
 
     def _check_room(self, images: int) -> None:
-        needed, parent = images * self.row * 2, self.data.path
-        free = shutil.disk_usage(parent).free
+        needed = images * self.row * 2
+        free = shutil.disk_usage(self.folder.parent).free  # a link to another disk, perhaps
         if needed > 0.95 * free:
             raise InputError(
                 f"--cache-features {self.config.cache_features}: takes {needed / 1e9:.1f} GB in {self.folder}, where "

@@ -135,7 +135,10 @@ case "$*" in
     *) echo "scontrol $*" >>"$LOG" ;;
 esac""",
     "apptainer": 'echo "apptainer $*" >>"$LOG"; while [[ $1 != *.sif ]]; do shift; done; shift; exec "$@"',
-    "torchrun": 'echo "torchrun $PET_NPROC_PER_NODE $PET_RDZV_CONF $*" >>"$LOG"; exit "$STATUS"',
+    "torchrun": """
+echo "torchrun ${PYTHONSAFEPATH:+safe }$PET_NPROC_PER_NODE $PET_RDZV_CONF $*" >>"$LOG"
+exit "$STATUS"
+""",
 }
 
 
@@ -178,7 +181,8 @@ def test_a_job_starts_an_agent_per_node(job: Callable[..., Any], tmp_path: Path)
     *steps, torchrun = commands
     assert steps == ["srun --ntasks-per-node=1 --kill-on-bad-exit=0 --cpu-bind=none"] * 2
     assert torchrun == (
-        "torchrun 8 is_host=1 --nnodes=2 --rdzv-backend=c10d --rdzv-id=20007 --rdzv-endpoint=10.0.0.1:10007 "
+        "torchrun 8 is_host=1,read_timeout=900,join_timeout=900 "
+        "--nnodes=2 --rdzv-backend=c10d --rdzv-id=20007 --rdzv-endpoint=10.0.0.1:10007 "
         f"--max-restarts=3 --shutdown-timeout=120 -m fastnet.train paper --run-dir runs/a b --data {copied}"
     )
 
@@ -190,7 +194,7 @@ def test_the_words_of_a_job_stay_whole(job: Callable[..., Any], tmp_path: Path) 
 
 
 def test_ranks_without_gpus(job: Callable[..., Any]) -> None:
-    assert job(FASTNET_RANKS="4", SLURM_NODEID="1")[1][-1].startswith("torchrun 4 is_host=0 ")
+    assert job(FASTNET_RANKS="4", SLURM_NODEID="1")[1][-1].startswith("torchrun 4 is_host=0,")
 
 
 def test_a_job_in_apptainer(job: Callable[..., Any], tmp_path: Path) -> None:
@@ -199,7 +203,7 @@ def test_a_job_in_apptainer(job: Callable[..., Any], tmp_path: Path) -> None:
         f"apptainer exec --nv --bind {tmp_path}/scratch,{tmp_path} /images/fastnet.sif torchrun"
         in commands[-2]
     )
-    assert commands[-1].startswith("torchrun 1 ")
+    assert commands[-1].startswith("torchrun safe 1 ")
 
 
 def test_a_job_in_enroot(job: Callable[..., Any], tmp_path: Path) -> None:
@@ -208,6 +212,7 @@ def test_a_job_in_enroot(job: Callable[..., Any], tmp_path: Path) -> None:
     mounts = f"{tmp_path}/scratch:{tmp_path}/scratch,{tmp_path}:{tmp_path}"
     assert ranks.endswith(
         f" --container-image=registry#team/fastnet:gpu --container-mounts={mounts} --container-workdir={tmp_path}"
+        " --container-readonly"
     )
 
 

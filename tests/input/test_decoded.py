@@ -80,6 +80,15 @@ def test_a_stale_or_short_raw_file_is_refused(fresh: Split) -> None:
             stream(fresh, how=spec(decode="raw"))
 
 
+def test_a_set_that_was_replaced_is_not_mixed_with_the_one_in_use(fresh: Split) -> None:
+    """A run opens its images again, in another size or for a last look at val."""
+    meta = fresh.path.parent / "set.json"
+    meta.write_text(meta.read_text().replace(fresh.digest, "0" * 64))
+    with pytest.raises(InputError, match="was replaced by another set since it was opened"):
+        DecodedImages(fresh, 1)
+    assert not fresh.path.with_suffix(".raw").exists()
+
+
 def test_a_raw_file_that_does_not_fit_leaves_nothing(fresh: Split) -> None:
     before = sorted(fresh.path.parent.iterdir())
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -12,6 +12,7 @@ import torch
 from fastnet.config import Augment
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.errors import InputError
+from fastnet.input import streams
 from fastnet.input.dali import Feed
 from fastnet.input.draws import epoch_order
 from fastnet.input.spec import resolve_decode
@@ -224,9 +225,15 @@ def test_bad_input_is_named(train: Split, val: Split) -> None:
         resolve_decode("gpu", CPU)
 
 
-def test_batches_that_no_memory_holds_are_refused() -> None:
+def test_batches_that_no_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     photos = np.full((66, 2), [3000, 4000], np.int32)
     check_memory(photos, 32)
+    monkeypatch.setattr(streams, "machine_memory", lambda: 1 << 33)
+    check_memory(photos, 32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of whose ranks each has such batches
+    with pytest.raises(InputError, match="of the 32 largest images take"):
+        check_memory(photos, 32)
+    monkeypatch.undo()
     with pytest.raises(
         InputError, match=r"--batch-size: batches of the 66 largest images take .* GiB decoded"
     ):

@@ -13,6 +13,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,8 @@ def test_a_disk_that_fills_up_is_one_line(
     with small_disk(folder, "64k"):
         flags = ["sample", "--data", own, "--run-dir", tmp_path / "run", "--network", "lstm"]
         flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "1"]
+        assert "0.0 GB are free" in refused(capsys, monkeypatch, *flags)
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
         line = refused(capsys, monkeypatch, *flags)
         assert ": no space left on the disk; free some space, or use fewer draws" in line
         assert not list(folder.glob("*/*")) and not list(folder.glob("*/.*"))
