@@ -22,7 +22,7 @@ test: setup
 test-all: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-# The part to run while working: under 90 s on two cores.
+# The part to run while working: about three minutes on two cores.
 check: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not long"
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+
+from fastnet.errors import InputError
 
 
 def jit(**options: Any) -> Callable[[Callable], Any]:
@@ -25,9 +28,14 @@ def jit(**options: Any) -> Callable[[Callable], Any]:
 def compile_for(function: Any, *arguments: Any, what: str) -> None:
     """Calls a function of `jit`, which compiles it for such arguments.
 
-    Says on stderr how long that took, unless it was found in numba's cache.
+    Says on stderr how long that took, unless it was found in numba's cache. Raises InputError if that is damaged.
     """
     began = time.perf_counter()
-    function(*arguments)
+    try:
+        function(*arguments)
+    except (EOFError, pickle.UnpicklingError) as error:  # numba syncs no file before a crash of the machine
+        raise InputError(
+            f"{function.stats.cache_path}: numba's cache is damaged; remove its *.nbi files"
+        ) from error
     if function.stats.cache_hits.total() == 0:
         print(f"{what} in {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)

@@ -52,29 +52,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         )
 
     out, data = given["out"], default_set(given["data"])
-    kind, device = data.source["kind"], named.get("device", "auto")
-    preset = choose_preset(given["preset"], kind)
+    device = named.get("device", "auto")
     runs = {network: out / network for network in ("baseline", "lstm")}
-    lines = {}
-    for network, run_dir in runs.items():
-        flags = dict(given)
-        if network == "baseline":
-            flags["head_epochs"] = 0
-            if named.get("freeze", "none") == "none":
-                flags["cache_features"] = 0
-        elif named.get("weights_partial") or (
-            "weights" not in named and PRESETS[preset](network).weights == "none"
-        ):
-            # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
-            if named.get("weights_partial"):
-                flags["weights_partial"] = False
-            flags["weights"] = str(runs["baseline"] / "best.pt")
-        # Refused here, and not by train.py after the baseline has trained.
-        settings_of({**flags, "preset": preset, "network": network}, kind)
-        line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
-        line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
-        lines[network] = line
-    for network, line in lines.items():
+    for network, line in command_lines(given, data, runs).items():
         print(f"{TITLES[network]}: train.py {' '.join(line)}", file=sys.stderr, flush=True)
         if not train(line, ranks=1 if device == "cpu" else torch.cuda.device_count()):
             print(f"{runs[network]}: stopped; the same command continues")
@@ -91,6 +71,31 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     print("files:", *files, sep="\n  ")
     average = {key: scores[key] for key in ("top1", "top5", "loss", "count")}
     return {"done": True, **average, "runs": scores["runs"], "files": files}
+
+
+def command_lines(given: dict[str, Any], data: PreparedSet, runs: dict[str, Path]) -> dict[str, list[str]]:
+    """What train.py is given for each network. Bad settings of the second are refused before the first has trained."""
+    named, kind = {**file_settings(given), **given}, data.source["kind"]
+    preset = choose_preset(given["preset"], kind)
+    lines = {}
+    for network, run_dir in runs.items():
+        flags = dict(given)
+        if network == "baseline":
+            flags["head_epochs"] = 0
+            if named.get("freeze", "none") == "none":
+                flags["cache_features"] = 0
+        elif named.get("weights_partial") or (
+            "weights" not in named and PRESETS[preset](network).weights == "none"
+        ):
+            # Without all of ImageNet's weights, the frozen phase uses the convolutions that the baseline has learned.
+            if named.get("weights_partial"):
+                flags["weights_partial"] = False
+            flags["weights"] = str(runs["baseline"] / "best.pt")
+        settings_of({**flags, "preset": preset, "network": network}, kind)
+        line = [preset, "--data", str(data.path), "--network", network, "--run-dir", str(run_dir)]
+        line += [*as_arguments(flags), *(["--config", str(given["config"])] if given["config"] else [])]
+        lines[network] = line
+    return lines
 
 
 def train(flags: list[str], ranks: int) -> bool:
