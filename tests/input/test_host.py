@@ -138,5 +138,5 @@ def test_compiling_is_announced_once_and_kept(tmp_path: Path) -> None:
         )
         assert (done.returncode == 0) != damaged, done.stderr
         said.append(done.stderr)
-    assert ["compiled the pass over images" in text for text in said] == [True, False, False]
+    assert ["data: compiled the pass over images in " in text for text in said] == [True, False, False]
     assert "numba's cache is damaged; remove its *.nbi files" in said[2].splitlines()[-1]
