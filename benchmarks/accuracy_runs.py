@@ -67,7 +67,7 @@ TRANSFER = Experiment(
 SCRATCH = Experiment(
     "the baseline at 64 px from random weights, with the small stem",
     f"paper {SMALL} --eval-crop 0.875",
-    (Run("baseline", "--network baseline --weights none --stem small --start-size 32 --epochs 3 --lr 0.1"),),
+    (Run("baseline", "--network baseline --weights none --stem small --start-size 32 --epochs 2 --lr 0.1"),),
     curves=True,
 )
 
