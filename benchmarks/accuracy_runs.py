@@ -55,7 +55,7 @@ TRANSFER = Experiment(
         Run("baseline", f"{PARTIAL} --epochs 7 --lr 0.06 --layer-decay 0.7"),
         Run(
             "lstm",
-            "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 5 "
+            "--network lstm --weights {start} --head-epochs 2 --plateau 0 --head-lr 0.01 --epochs 8 "
             "--optimizer adamw --lr 0.005 --layer-decay 0.3",
             start="baseline",
         ),
