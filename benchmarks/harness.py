@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -93,6 +94,7 @@ def described(date: str, known: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "date": date,
         "machine": known["machine"],
+        "cpu": known.get("cpu", ""),
         "cores": len(os.sched_getaffinity(0)),
         "git": known["git"],
         "python": versions["python"],
@@ -203,21 +205,20 @@ def alternate(
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
     Each candidate runs once unmeasured. Then rounds of all of them follow until `seconds` are over, at least `least`
-    and at most `MOST`; each round starts one candidate later in the order. `before` runs ahead of each
-    measurement of a candidate and is not measured. On a GPU a measurement begins behind a millisecond of waiting, so
-    that its first kernel does not wait for the host.
+    and at most `MOST`, each in an order drawn anew, the same in every process. `before` runs ahead of each measurement
+    of a candidate and is not measured. On a GPU a measurement begins behind a millisecond of waiting, so that its first
+    kernel does not wait for the host.
     """
     for candidate in candidates.values():
         candidate(Laps(device))
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in candidates}
-    names = list(candidates)
+    names, draws = list(candidates), random.Random(0)
     with GpuWatch() as gpu:
         began = time.perf_counter()
         for done in range(MOST):
             if done >= least and time.perf_counter() - began > seconds:
                 break
-            turn = done % max(1, len(names))
-            for name in names[turn:] + names[:turn]:
+            for name in draws.sample(names, len(names)):
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 before(candidates[name])

@@ -14,7 +14,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ KEYS = ("set", "image_size", "batch", "threads", "device", "quantity")
 PEERS = ("FFCV, JPEG", "FFCV, raw", "SPDL")
 Take = Callable[[], Any]  # gives the next batch
 Opened = Iterator[Take]
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Source:
@@ -151,12 +152,28 @@ def pil_dataset(folder: Path, size: int) -> ImageFolder:
     return ImageFolder(folder, v2.Compose([*augmentation(size), v2.PILToTensor(), *normalised()]))
 
 
+def to_device(batches: Batches, device: torch.device) -> Batches:
+    for x, y in batches:
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def loader(
-    source: Source, size: int, threads: int, device: torch.device, *, make: Callable, labels: bool = False
+    source: Source,
+    size: int,
+    threads: int,
+    device: torch.device,
+    *,
+    make: Callable[[Path, int], Dataset],
+    collate: Callable | None = None,
+    arrive: Callable[[Batches, torch.device], Batches] = to_device,
+    labels: bool = False,
 ) -> Opened:
-    """torch's DataLoader with `threads` worker processes. It draws without end, so there is no gap between epochs."""
-    images = make(source.folder, size)
+    """torch's DataLoader with `threads` worker processes. It draws without end, so there is no gap between epochs.
+
+    `arrive` brings its batches to the device.
+    """
+    images: Any = make(source.folder, size)
     # Float32 images travel through shared memory; a worker that finds none left is killed by a signal.
     needed = LOADERS * QUEUED * threads * source.batch * 12 * size**2
     there = shutil.disk_usage("/dev/shm").total
@@ -173,14 +190,10 @@ def loader(
         prefetch_factor=QUEUED,
         pin_memory=device.type == "cuda",
         worker_init_fn=_one_thread,
+        collate_fn=collate,
     )
-    endless = iter(batches)
-
-    def take() -> Any:
-        x, y = (tensor.to(device, non_blocking=True) for tensor in next(endless))
-        return (x, y) if labels else x
-
-    yield take
+    endless = iter(arrive(batches, device))
+    yield (lambda: next(endless)) if labels else (lambda: next(endless)[0])
 
 
 def _one_thread(_: int) -> None:
@@ -263,7 +276,7 @@ def measure(
             else:
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
                 ready[name] = timed(take, prepared, batches)
-        times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 3)
+        times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 6)
     for name in ("fastnet, decode device", "fastnet, decode gpu", *PEERS):
         if name not in providers(device):
             table.note(case, name, "not run: " + ("not installed here" if name in PEERS else "no GPU here"))
@@ -305,7 +318,7 @@ def main(argv: Sequence[str]) -> None:
         for size in (64, 224):
             for threads in sorted(n for n in counts if n <= args.threads):
                 seconds = 4 if args.quick else 30
-                batches = 4 if args.quick else max(32, 2 * threads)
+                batches = 4 if args.quick else max(16, 2 * threads)
                 measure(table, source, size, threads, device, seconds=seconds, batches=batches)
     harness.mark_ratios(table.rows, BASELINE, KEYS)
     table.write()

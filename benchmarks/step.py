@@ -36,7 +36,7 @@ from benchmarks.host import host_costs
 from benchmarks.phase import OneBatch, at_phase
 from benchmarks.pipeline import QUEUED, Source, loader, pil_dataset
 from benchmarks.plain import difference, plain, plain_step
-from benchmarks.step_peers import Step, peers
+from benchmarks.step_peers import Peer, Step, peers
 from benchmarks.trace import Trace, shares_of, traced
 from fastnet import train
 from fastnet.cli import run_command
@@ -59,28 +59,57 @@ KEPT, KEPT_BATCHES = "fastnet, kept features", 16
 KEYS = ("set", "network", "phase", "image_size", "batch", "threads", "device", "quantity")
 
 
-def in_turn(
-    step: Callable[[], None], take: Callable[[], Any], prepared: int, steps: int
-) -> harness.Candidate:
-    """Takes the batches that the stream has `prepared`, measures `steps`, and lets it prepare as many again."""
-    for _ in range(prepared):
-        take()
-    began = time.perf_counter()
-    for _ in range(prepared):
-        take()
-    refill = 1.5 * (time.perf_counter() - began)
+def in_turn(step: Callable[[], None], steps: int) -> harness.Candidate:
+    """Measures `steps`, which take no prepared batches."""
 
     def run(laps: Laps) -> None:
-        for _ in range(prepared):
+        for _ in range(steps):
+            step()
+        laps("steps")
+
+    return run
+
+
+def fed(
+    step: Callable[[], None],
+    steps: int,
+    *,
+    take: Callable[[], Any],
+    prepared: int,
+    alone: Callable[[], None],
+    device: torch.device,
+) -> harness.Candidate:
+    """Measures `steps` from a queue as a long run has it: full where batches are made faster than steps take them, and
+    empty otherwise.
+
+    `take` gives the next of the batches, of which `prepared` are made ahead; `alone` is a step on a batch at hand.
+    """
+    batch = seconds_each(take, prepared, device)
+    time.sleep(1.5 * prepared * batch)  # nothing is made during the steps alone
+    emptied = prepared if batch > seconds_each(alone, 1, device) else 0
+    again = 1.5 * max(emptied, steps) * batch
+
+    def run(laps: Laps) -> None:
+        for _ in range(emptied):
             take()
         laps("prepared")
         for _ in range(steps):
             step()
         laps("steps")
-        if prepared:
-            time.sleep(refill)
+        time.sleep(again)
 
     return run
+
+
+def seconds_each(call: Callable[[], Any], count: int, device: torch.device) -> float:
+    """Of `count` calls, after as many that are not measured."""
+    for _ in range(count):
+        call()
+    laps = Laps(device)
+    for _ in range(count):
+        call()
+    laps("calls")
+    return laps.milliseconds()["calls"] / count / 1e3
 
 
 def measure(
@@ -102,37 +131,40 @@ def measure(
             table.note(case, EPOCH, problem)
             return
         stream: Any = trainer.inputs.images
-        ahead = 0 if isinstance(stream, DeviceTrainStream) else PREFETCH
-        ready = {
-            EPOCH: in_turn(trainer.train_step, lambda: next(stream), ahead, steps),
-            LIMIT: in_turn(limit.train_step, lambda: None, 0, steps),
-        }
+        feeding = partial(fed, steps=steps, device=runtime.device)
+        epoch = in_turn(trainer.train_step, steps)
+        if not isinstance(stream, DeviceTrainStream):
+            epoch = feeding(
+                trainer.train_step, take=lambda: next(stream), prepared=PREFETCH, alone=limit.train_step
+            )
+        ready = {EPOCH: epoch, LIMIT: in_turn(limit.train_step, steps)}
         trainers = {EPOCH: trainer, LIMIT: limit}
         if phase == "head":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
             features = KeptFeatures(config, data, runtime, folder, threads)
             trainers[KEPT] = stack.enter_context(at_phase(config, phase, data, runtime, features))
-            ready[KEPT] = in_turn(trainers[KEPT].train_step, lambda: None, 0, steps)
-        others: dict[str, tuple[Callable, Callable[[int, torch.device], Step]]] = {}
+            ready[KEPT] = in_turn(trainers[KEPT].train_step, steps)
+        others: dict[str, Peer] = {}
         if phase == "full":
             optimizer = torch.optim.SGD(written.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
-            others[PLAIN] = pil_dataset, lambda *_: partial(plain_step, written, optimizer)
+            others[PLAIN] = Peer(lambda *_: partial(plain_step, written, optimizer), pil_dataset)
         if phase == "full" and case["network"] == "baseline":
             others |= peers()
-        for name, (images, made) in others.items():
+        for name, peer in others.items():
+            ways = {"make": peer.images, "collate": peer.collate, "arrive": peer.arrive, "labels": True}
             try:
-                batches = stack.enter_context(
-                    loader(source, size, threads, runtime.device, make=images, labels=True)
-                )
+                take = stack.enter_context(loader(source, size, threads, runtime.device, **ways))
             except InputError as error:
                 table.note(case, name, str(error))
                 continue
-            work = partial(_take_step, made(len(data.classes), runtime.device), batches)
-            ready[name] = in_turn(work, batches, QUEUED * threads, steps)
+            step = peer.step(len(data.classes), runtime.device)
+            alone = partial(step, *take())
+            work = partial(_take_step, step, take)
+            ready[name] = feeding(work, take=take, prepared=QUEUED * threads + peer.ahead, alone=alone)
         # A replayed graph allocates nothing: of a trainer, it is its plain step's.
         allocating = ready | {name: plain_steps(one) for name, one in trainers.items()}
         memory = {name: harness.peak_mb(run, runtime.device) for name, run in allocating.items()}
-        times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 3)
+        times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 10)
         for name, laps in times.items():
             rates = steps * batch * 1e3 / np.array(laps["steps"])
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
@@ -267,7 +299,7 @@ def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps:
 def cases(runtime: Runtime, *, quick: bool) -> Iterator[tuple[str, str, int, int]]:
     """(network, phase, image size, batch)."""
     cuda = runtime.device.type == "cuda"
-    sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 64}
+    sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 32}
     if quick:
         sizes = {224: 256} if cuda else {64: 16}
     for size, batch in sizes.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torchvision.models import resnet18
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
+from benchmarks.pipeline import Batches, to_device
 from benchmarks.pipeline_peers import RATIO, SCALE
 
 Step = Callable[[Tensor, Tensor], None]
@@ -73,7 +75,7 @@ def torchvision_step(classes: int, device: torch.device) -> Step:
 
 
 def timm_images(folder: Path, size: int) -> ImageFolder:
-    """create_transform without its colour jitter."""
+    """create_transform without its colour jitter, up to uint8, as its prefetcher takes images."""
     from timm.data import create_transform
 
     transform = create_transform(
@@ -83,10 +85,22 @@ def timm_images(folder: Path, size: int) -> ImageFolder:
         ratio=RATIO,
         color_jitter=None,
         interpolation="bilinear",
-        mean=MEAN,
-        std=STD,
+        use_prefetcher=True,
     )
     return ImageFolder(folder, transform)
+
+
+def timm_collate(samples: list[Any]) -> Any:
+    from timm.data.loader import fast_collate
+
+    return fast_collate(samples)
+
+
+def timm_prefetcher(batches: Batches, device: torch.device) -> Batches:
+    """Normalises on the device, in a stream of its own where that is a GPU; a batch ahead."""
+    from timm.data.loader import PrefetchLoader
+
+    return PrefetchLoader(batches, MEAN, STD, device=device)
 
 
 def timm_step(classes: int, device: torch.device) -> Step:
@@ -118,7 +132,20 @@ def timm_step(classes: int, device: torch.device) -> Step:
     return step
 
 
-def peers() -> dict[str, tuple[Callable[[Path, int], ImageFolder], Callable[[int, torch.device], Step]]]:
-    """name -> (its images, its step); timm only where it is installed."""
-    made = {"torchvision's reference": (torchvision_images, torchvision_step)}
-    return made | ({"timm": (timm_images, timm_step)} if find_spec("timm") else {})
+@dataclass(frozen=True)
+class Peer:
+    """images, collate, arrive: as benchmarks.pipeline.loader takes them; ahead: batches that `arrive` holds."""
+
+    step: Callable[[int, torch.device], Step]
+    images: Callable[[Path, int], ImageFolder]
+    collate: Callable | None = None
+    arrive: Callable[[Batches, torch.device], Batches] = to_device
+    ahead: int = 0
+
+
+def peers() -> dict[str, Peer]:
+    """timm only where it is installed."""
+    made = {"torchvision's reference": Peer(torchvision_step, torchvision_images)}
+    if find_spec("timm"):
+        made["timm"] = Peer(timm_step, timm_images, timm_collate, timm_prefetcher, ahead=1)
+    return made

@@ -15,6 +15,7 @@ import fastnet
 
 # The package of DALI that fastnet installs, and the one that may take its place.
 DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+FEATURES = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "sve", "bf16")
 VERSIONED = ("torch", "torchvision", "triton", DALI[0], "numpy", "pyarrow")
 
 
@@ -26,6 +27,7 @@ def surroundings() -> dict[str, Any]:
         "versions": versions | dali_packages(),
         "git": git_revision(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "cpu": cpu_features(),
     }
 
 
@@ -60,6 +62,12 @@ def git_revision() -> str | None:
 def machine_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cpu_features() -> str:
+    """Those that decide how fast it trains, as "avx2 amx_bf16": processors of one name may differ in them."""
+    there = torch.cpu.get_capabilities()
+    return " ".join(name for name in FEATURES if there.get(name))
 
 
 def cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,34 @@ def test_float32_on_a_gpu_is_held_to_tf32() -> None:
     assert plain.rounding(torch.float32, gpu) == 2.0**-10
     assert plain.rounding(torch.float32, CPU) == 2.0**-23
     assert plain.rounding(torch.bfloat16, gpu) == 2.0**-7
+
+
+@pytest.mark.parametrize(("batch_s", "emptied"), [(0.5, 0), (2.0, 3)])
+def test_a_queue_is_measured_as_a_long_run_has_it(
+    batch_s: float, emptied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full where a batch is made faster than a step of a second, and otherwise empty."""
+    now, calls = [0.0], []
+
+    def lasting(name: str, seconds: float) -> None:
+        now[0] += seconds
+        calls.append(name)
+
+    monkeypatch.setattr(step.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(step.time, "sleep", partial(lasting, "sleep"))
+    run = step.fed(
+        partial(lasting, "step", 1 + batch_s),
+        2,
+        take=partial(lasting, "take", batch_s),
+        prepared=3,
+        alone=partial(lasting, "alone", 1.0),
+        device=CPU,
+    )
+    calls.clear()
+    laps = harness.Laps(CPU)
+    run(laps)
+    assert calls == ["take"] * emptied + ["step", "step", "sleep"]
+    assert laps.milliseconds()["steps"] == pytest.approx(2e3 * (1 + batch_s))
 
 
 @pytest.mark.slow
