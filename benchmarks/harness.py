@@ -205,9 +205,9 @@ def alternate(
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
     Each candidate runs once unmeasured. Then rounds of all of them follow until `seconds` are over, at least `least`
-    and at most `MOST`, each in an order drawn anew, the same in every process. `before` runs ahead of each measurement
-    of a candidate and is not measured. On a GPU a measurement begins behind a millisecond of waiting, so that its first
-    kernel does not wait for the host.
+    and at most `MOST`. In as many rounds as there are candidates, each of them has every place once; then the order is
+    drawn anew. `before` runs ahead of each measurement of a candidate and is not measured. On a GPU a measurement
+    begins behind a millisecond of waiting, so that its first kernel does not wait for the host.
     """
     for candidate in candidates.values():
         candidate(Laps(device))
@@ -218,7 +218,10 @@ def alternate(
         for done in range(MOST):
             if done >= least and time.perf_counter() - began > seconds:
                 break
-            for name in draws.sample(names, len(names)):
+            turn = done % max(1, len(names))
+            if turn == 0:
+                draws.shuffle(names)
+            for name in names[turn:] + names[:turn]:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 before(candidates[name])

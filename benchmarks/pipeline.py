@@ -276,7 +276,7 @@ def measure(
             else:
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
                 ready[name] = timed(take, prepared, batches)
-        times = harness.alternate(ready, device, seconds=seconds, least=2 if batches < 8 else 6)
+        times = harness.alternate(ready, device, seconds=seconds, least=2 if table.quick else 6)
     for name in ("fastnet, decode device", "fastnet, decode gpu", *PEERS):
         if name not in providers(device):
             table.note(case, name, "not run: " + ("not installed here" if name in PEERS else "no GPU here"))
@@ -318,7 +318,8 @@ def main(argv: Sequence[str]) -> None:
         for size in (64, 224):
             for threads in sorted(n for n in counts if n <= args.threads):
                 seconds = 4 if args.quick else 30
-                batches = 4 if args.quick else max(16, 2 * threads)
+                # Worker processes that began together end together, a batch each.
+                batches = threads * max(2, -(-(4 if args.quick else 16) // threads))
                 measure(table, source, size, threads, device, seconds=seconds, batches=batches)
     harness.mark_ratios(table.rows, BASELINE, KEYS)
     table.write()

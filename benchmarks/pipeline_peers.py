@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,8 @@ def write_beton(split: Split, path: Path, kind: str) -> None:
 
 @contextlib.contextmanager
 def ffcv(split: Split, path: Path, size: int, batch: int, threads: int, device: torch.device) -> Opened:
-    """FFCV over the file `path`, with its own operators: on a CPU float32, as in its ImageNet example; on a GPU
-    float16, as in its CIFAR one.
+    """FFCV over the file `path`, with its own operators, and float32; on a GPU normalised there in float16, as in its
+    CIFAR example (its own operator for that needs CuPy).
     """
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -107,8 +106,12 @@ def ffcv(split: Split, path: Path, size: int, batch: int, threads: int, device: 
 
     def endless() -> Generator[torch.Tensor, None, None]:
         while True:
-            for x, _ in batches:
-                yield x
+            epoch = iter(batches)
+            try:
+                for x, _ in epoch:
+                    yield x
+            finally:
+                epoch.close()  # its thread would stay, with the batches that it holds
 
     images = endless()
     yield images.__next__
@@ -127,8 +130,8 @@ def _filters(start: NDArray, end: NDArray, mirror: int, size: int) -> str:
 def spdl(split: Split, size: int, batch: int, threads: int, device: torch.device) -> Opened:
     """SPDL decodes, crops (fastnet's boxes, in whole pixels), resizes and flips by FFmpeg in threads.
 
-    It has no normalisation: that is torch's, on a GPU in float16 after the transfer. Batches are put together in one
-    more thread.
+    It has no normalisation: that is torch's, on a GPU in float16 after the transfer. Batches are put together in
+    threads of their own.
     """
     import spdl.io
 
@@ -161,12 +164,15 @@ def spdl(split: Split, size: int, batch: int, threads: int, device: torch.device
         rows = images.to(dtype).view(batch, size, 3 * size).sub_(mean).div_(std)
         return rows.view(batch, size, size, 3).permute(0, 3, 1, 2)
 
-    with ThreadPoolExecutor(threads) as workers, ThreadPoolExecutor(1) as assembler:
-        made = map(partial(assembler.submit, assemble), batches())
-        under_way = [next(made) for _ in range(AHEAD)]
+    with (
+        ThreadPoolExecutor(threads) as workers,
+        ThreadPoolExecutor(AHEAD, "assembler", torch.set_num_threads, (1,)) as assemblers,
+    ):
+        todo = batches()
+        under_way = [assemblers.submit(assemble, next(todo)) for _ in range(AHEAD)]
 
         def take() -> torch.Tensor:
-            under_way.append(next(made))
+            under_way.append(assemblers.submit(assemble, next(todo)))
             return under_way.pop(0).result()
 
         yield take

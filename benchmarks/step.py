@@ -59,46 +59,54 @@ KEPT, KEPT_BATCHES = "fastnet, kept features", 16
 KEYS = ("set", "network", "phase", "image_size", "batch", "threads", "device", "quantity")
 
 
-def in_turn(step: Callable[[], None], steps: int) -> harness.Candidate:
-    """Measures `steps`, which take no prepared batches."""
+class Steps:
+    """A candidate that measures `count` steps, which take no prepared batches."""
 
-    def run(laps: Laps) -> None:
-        for _ in range(steps):
-            step()
+    def __init__(self, step: Callable[[], None], count: int) -> None:
+        self.step, self.count = step, count
+
+    def __call__(self, laps: Laps) -> None:
+        for _ in range(self.count):
+            self.step()
         laps("steps")
 
-    return run
 
+class FedSteps(Steps):
+    """The same from a queue as a long run has it: full where batches are made faster than steps take them, and empty
+    otherwise.
 
-def fed(
-    step: Callable[[], None],
-    steps: int,
-    *,
-    take: Callable[[], Any],
-    prepared: int,
-    alone: Callable[[], None],
-    device: torch.device,
-) -> harness.Candidate:
-    """Measures `steps` from a queue as a long run has it: full where batches are made faster than steps take them, and
-    empty otherwise.
-
-    `take` gives the next of the batches, of which `prepared` are made ahead; `alone` is a step on a batch at hand.
+    take: gives the next of the batches, of which `prepared` are made ahead, by `workers` at the same time.
+    alone: a step on a batch at hand.
     """
-    batch = seconds_each(take, prepared, device)
-    time.sleep(1.5 * prepared * batch)  # nothing is made during the steps alone
-    emptied = prepared if batch > seconds_each(alone, 1, device) else 0
-    again = 1.5 * max(emptied, steps) * batch
 
-    def run(laps: Laps) -> None:
-        for _ in range(emptied):
-            take()
+    def __init__(
+        self,
+        step: Callable[[], None],
+        count: int,
+        *,
+        take: Callable[[], Any],
+        prepared: int,
+        workers: int,
+        alone: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        super().__init__(step, count)
+        batch = seconds_each(take, prepared, device)
+        time.sleep(1.5 * prepared * batch)  # nothing is made during the steps alone
+        self.take, self.emptied = take, 0
+        if batch > seconds_each(alone, 2, device):
+            # Workers that began together end together: the first of their batches are no measure.
+            self.emptied, self.count = prepared, workers * -(-max(count, prepared) // workers)
+        self.refill = 1.5 * max(prepared, self.count) * batch
+
+    def __call__(self, laps: Laps) -> None:
+        for _ in range(self.emptied):
+            self.take()
+        if self.emptied:
+            self.step()
         laps("prepared")
-        for _ in range(steps):
-            step()
-        laps("steps")
-        time.sleep(again)
-
-    return run
+        super().__call__(laps)
+        time.sleep(self.refill)
 
 
 def seconds_each(call: Callable[[], Any], count: int, device: torch.device) -> float:
@@ -131,19 +139,23 @@ def measure(
             table.note(case, EPOCH, problem)
             return
         stream: Any = trainer.inputs.images
-        feeding = partial(fed, steps=steps, device=runtime.device)
-        epoch = in_turn(trainer.train_step, steps)
+        fed = partial(FedSteps, count=steps, device=runtime.device)
+        epoch = Steps(trainer.train_step, steps)
         if not isinstance(stream, DeviceTrainStream):
-            epoch = feeding(
-                trainer.train_step, take=lambda: next(stream), prepared=PREFETCH, alone=limit.train_step
+            epoch = fed(
+                trainer.train_step,
+                take=lambda: next(stream),
+                prepared=PREFETCH,
+                workers=1,
+                alone=limit.train_step,
             )
-        ready = {EPOCH: epoch, LIMIT: in_turn(limit.train_step, steps)}
+        ready = {EPOCH: epoch, LIMIT: Steps(limit.train_step, steps)}
         trainers = {EPOCH: trainer, LIMIT: limit}
         if phase == "head":
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
             features = KeptFeatures(config, data, runtime, folder, threads)
             trainers[KEPT] = stack.enter_context(at_phase(config, phase, data, runtime, features))
-            ready[KEPT] = in_turn(trainers[KEPT].train_step, steps)
+            ready[KEPT] = Steps(trainers[KEPT].train_step, steps)
         others: dict[str, Peer] = {}
         if phase == "full":
             optimizer = torch.optim.SGD(written.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
@@ -151,22 +163,37 @@ def measure(
         if phase == "full" and case["network"] == "baseline":
             others |= peers()
         for name, peer in others.items():
-            ways = {"make": peer.images, "collate": peer.collate, "arrive": peer.arrive, "labels": True}
+            images = loader(
+                source,
+                size,
+                threads,
+                runtime.device,
+                make=peer.images,
+                collate=peer.collate,
+                arrive=peer.arrive,
+                labels=True,
+            )
             try:
-                take = stack.enter_context(loader(source, size, threads, runtime.device, **ways))
+                take = stack.enter_context(images)
             except InputError as error:
                 table.note(case, name, str(error))
                 continue
             step = peer.step(len(data.classes), runtime.device)
-            alone = partial(step, *take())
-            work = partial(_take_step, step, take)
-            ready[name] = feeding(work, take=take, prepared=QUEUED * threads + peer.ahead, alone=alone)
+            ready[name] = fed(
+                partial(_take_step, step, take),
+                take=take,
+                prepared=QUEUED * threads + peer.ahead,
+                workers=threads,
+                alone=partial(step, *take()),
+            )
         # A replayed graph allocates nothing: of a trainer, it is its plain step's.
-        allocating = ready | {name: plain_steps(one) for name, one in trainers.items()}
+        allocating: dict[str, harness.Candidate] = ready | {
+            name: plain_steps(one) for name, one in trainers.items()
+        }
         memory = {name: harness.peak_mb(run, runtime.device) for name, run in allocating.items()}
         times = harness.alternate(ready, runtime.device, seconds=seconds, least=2 if table.quick else 10)
         for name, laps in times.items():
-            rates = steps * batch * 1e3 / np.array(laps["steps"])
+            rates = ready[name].count * batch * 1e3 / np.array(laps["steps"])
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
         if runtime.device.type == "cuda":  # a replayed graph runs nothing under the ranges
             trainer = stack.enter_context(at_phase(replace(config, cuda_graph="off"), phase, data, runtime))

@@ -69,11 +69,16 @@ def test_float32_on_a_gpu_is_held_to_tf32() -> None:
     assert plain.rounding(torch.bfloat16, gpu) == 2.0**-7
 
 
-@pytest.mark.parametrize(("batch_s", "emptied"), [(0.5, 0), (2.0, 3)])
+@pytest.mark.parametrize(
+    ("batch_s", "expected"),
+    [(0.5, ["step"] * 2), (2.0, ["take"] * 4 + ["step"] + ["step"] * 6)],
+)
 def test_a_queue_is_measured_as_a_long_run_has_it(
-    batch_s: float, emptied: int, monkeypatch: pytest.MonkeyPatch
+    batch_s: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full where a batch is made faster than a step of a second, and otherwise empty."""
+    """Full where a batch is made faster than a step of a second. Otherwise empty, with one step ahead that is not
+    measured, for a number of steps that the three workers share evenly.
+    """
     now, calls = [0.0], []
 
     def lasting(name: str, seconds: float) -> None:
@@ -82,19 +87,21 @@ def test_a_queue_is_measured_as_a_long_run_has_it(
 
     monkeypatch.setattr(step.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(step.time, "sleep", partial(lasting, "sleep"))
-    run = step.fed(
+    run = step.FedSteps(
         partial(lasting, "step", 1 + batch_s),
         2,
         take=partial(lasting, "take", batch_s),
-        prepared=3,
+        prepared=4,
+        workers=3,
         alone=partial(lasting, "alone", 1.0),
         device=CPU,
     )
     calls.clear()
     laps = harness.Laps(CPU)
     run(laps)
-    assert calls == ["take"] * emptied + ["step", "step", "sleep"]
-    assert laps.milliseconds()["steps"] == pytest.approx(2e3 * (1 + batch_s))
+    assert calls == [*expected, "sleep"]
+    assert laps.milliseconds()["steps"] == pytest.approx(1e3 * run.count * (1 + batch_s))
+    assert run.count == {0.5: 2, 2.0: 6}[batch_s]
 
 
 @pytest.mark.slow
