@@ -205,9 +205,9 @@ def alternate(
     """Milliseconds of every lap of every candidate: name -> lap -> one number a round.
 
     Each candidate runs once unmeasured. Then rounds of all of them follow until `seconds` are over, at least `least`
-    and at most `MOST`. In as many rounds as there are candidates, each of them has every place once; then the order is
-    drawn anew. `before` runs ahead of each measurement of a candidate and is not measured. On a GPU a measurement
-    begins behind a millisecond of waiting, so that its first kernel does not wait for the host.
+    and at most `MOST`. The order rotates, so that in as many rounds as there are candidates each has every place once,
+    and is then drawn anew. `before` runs ahead of each measurement of a candidate and is not measured. On a GPU a
+    measurement begins behind a millisecond of waiting, so that its first kernel does not wait for the host.
     """
     for candidate in candidates.values():
         candidate(Laps(device))

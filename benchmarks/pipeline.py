@@ -318,7 +318,7 @@ def main(argv: Sequence[str]) -> None:
         for size in (64, 224):
             for threads in sorted(n for n in counts if n <= args.threads):
                 seconds = 4 if args.quick else 30
-                # Worker processes that began together end together, a batch each.
+                # Workers that start together finish together, so only whole rounds of them are a fair measure.
                 batches = threads * max(2, -(-(4 if args.quick else 16) // threads))
                 measure(table, source, size, threads, device, seconds=seconds, batches=batches)
     harness.mark_ratios(table.rows, BASELINE, KEYS)

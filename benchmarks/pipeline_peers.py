@@ -65,8 +65,9 @@ def write_beton(split: Split, path: Path, kind: str) -> None:
 
 @contextlib.contextmanager
 def ffcv(split: Split, path: Path, size: int, batch: int, threads: int, device: torch.device) -> Opened:
-    """FFCV over the file `path`, with its own operators, and float32; on a GPU normalised there in float16, as in its
-    CIFAR example (its own operator for that needs CuPy).
+    """FFCV over the file `path`, with its own operators, in float32.
+
+    On a GPU torchvision normalises there, in float16, as in FFCV's CIFAR example; FFCV's own operator would need CuPy.
     """
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

@@ -60,20 +60,28 @@ KEYS = ("set", "network", "phase", "image_size", "batch", "threads", "device", "
 
 
 class Steps:
-    """A candidate that measures `count` steps, which take no prepared batches."""
+    """A candidate that measures `count` steps, whose batches need no queue."""
+
+    refill = 0.0  # seconds
 
     def __init__(self, step: Callable[[], None], count: int) -> None:
         self.step, self.count = step, count
 
+    def prepare(self) -> None:
+        """What comes ahead of the steps and is not measured."""
+
     def __call__(self, laps: Laps) -> None:
+        self.prepare()
+        laps("prepared")
         for _ in range(self.count):
             self.step()
         laps("steps")
+        time.sleep(self.refill)
 
 
 class FedSteps(Steps):
-    """The same from a queue as a long run has it: full where batches are made faster than steps take them, and empty
-    otherwise.
+    """Steps that take batches from a queue, which starts as a long run would have it: full if batches are made faster
+    than steps use them, otherwise empty.
 
     take: gives the next of the batches, of which `prepared` are made ahead, by `workers` at the same time.
     alone: a step on a batch at hand.
@@ -92,25 +100,21 @@ class FedSteps(Steps):
     ) -> None:
         super().__init__(step, count)
         batch = seconds_each(take, prepared, device)
-        time.sleep(1.5 * prepared * batch)  # nothing is made during the steps alone
+        time.sleep(1.5 * prepared * batch)  # or batches would still be made during the steps alone
         self.take, self.emptied = take, 0
         if batch > seconds_each(alone, 2, device):
-            # Workers that began together end together: the first of their batches are no measure.
+            # Workers that start together finish together, so only whole rounds of them are a fair measure.
             self.emptied, self.count = prepared, workers * -(-max(count, prepared) // workers)
         self.refill = 1.5 * max(prepared, self.count) * batch
 
-    def __call__(self, laps: Laps) -> None:
+    def prepare(self) -> None:
         for _ in range(self.emptied):
             self.take()
-        if self.emptied:
-            self.step()
-        laps("prepared")
-        super().__call__(laps)
-        time.sleep(self.refill)
+        self.step()  # the workers are busy, as they are in a long run
 
 
 def seconds_each(call: Callable[[], Any], count: int, device: torch.device) -> float:
-    """Of `count` calls, after as many that are not measured."""
+    """Seconds per call, over `count` calls after as many that are not measured."""
     for _ in range(count):
         call()
     laps = Laps(device)
@@ -197,6 +201,7 @@ def measure(
             table.add(case, name, "step", "images/s", rates, peak_mb=memory[name])
         if runtime.device.type == "cuda":  # a replayed graph runs nothing under the ranges
             trainer = stack.enter_context(at_phase(replace(config, cuda_graph="off"), phase, data, runtime))
+        ready[EPOCH].prepare()
         trace = Trace(traced(trainer.train_step, steps, runtime.device))
         for name, share in shares_of(trace).items():
             table.add(case, EPOCH, f"share {name}", "of a step", [share])

@@ -134,7 +134,9 @@ def timm_step(classes: int, device: torch.device) -> Step:
 
 @dataclass(frozen=True)
 class Peer:
-    """images, collate, arrive: as benchmarks.pipeline.loader takes them; ahead: batches that `arrive` holds."""
+    """images: what benchmarks.pipeline.loader calls `make`; collate, arrive: as it takes them; ahead: how many batches
+    `arrive` holds.
+    """
 
     step: Callable[[int, torch.device], Step]
     images: Callable[[Path, int], ImageFolder]

@@ -15,7 +15,7 @@ from benchmarks.gpu import GpuWatch
 from fastnet.errors import InputError
 
 CPU = torch.device("cpu")
-ROUNDS = 8
+ROUNDS = 9
 
 
 def test_turns_change_and_warmup_is_apart() -> None:
@@ -28,12 +28,15 @@ def test_turns_change_and_warmup_is_apart() -> None:
 
         return run
 
-    runs = {name: called(name) for name in "ab"}
+    runs = {name: called(name) for name in "abc"}
     times = harness.alternate(runs, CPU, seconds=0, least=ROUNDS, before=lambda _: calls.append("."))
-    assert calls[:2] == ["a", "b"] and calls[2::2] == ["."] * 2 * ROUNDS
-    rounds = {"".join(calls[at : at + 4 : 2]) for at in range(3, len(calls), 4)}
-    assert rounds == {"ab", "ba"}
-    assert {name: len(laps["work"]) for name, laps in times.items()} == {"a": ROUNDS, "b": ROUNDS}
+    assert calls[:3] == ["a", "b", "c"] and calls[3::2] == ["."] * 3 * ROUNDS
+    order = "".join(calls[4::2])
+    rounds = [order[at : at + 3] for at in range(0, len(order), 3)]
+    blocks = [rounds[at : at + 3] for at in range(0, ROUNDS, 3)]
+    assert all(set(place) == set("abc") for block in blocks for place in zip(*block, strict=True))
+    assert len({block[0] for block in blocks}) > 1
+    assert {name: len(laps["work"]) for name, laps in times.items()} == dict.fromkeys("abc", ROUNDS)
 
 
 def test_laps_add_up() -> None:

@@ -71,22 +71,22 @@ def test_float32_on_a_gpu_is_held_to_tf32() -> None:
 
 @pytest.mark.parametrize(
     ("batch_s", "expected"),
-    [(0.5, ["step"] * 2), (2.0, ["take"] * 4 + ["step"] + ["step"] * 6)],
+    [(0.5, ["step"] * 3), (2.0, ["take"] * 4 + ["step"] * 7)],
 )
 def test_a_queue_is_measured_as_a_long_run_has_it(
     batch_s: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full where a batch is made faster than a step of a second. Otherwise empty, with one step ahead that is not
-    measured, for a number of steps that the three workers share evenly.
+    """Full where a batch is made faster than a step of a second. Otherwise empty, for a number of steps that the three
+    workers share evenly. One step ahead is not measured.
     """
-    now, calls = [0.0], []
+    now, calls, slept = [0.0], [], []
 
     def lasting(name: str, seconds: float) -> None:
         now[0] += seconds
         calls.append(name)
 
     monkeypatch.setattr(step.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(step.time, "sleep", partial(lasting, "sleep"))
+    monkeypatch.setattr(step.time, "sleep", slept.append)
     run = step.FedSteps(
         partial(lasting, "step", 1 + batch_s),
         2,
@@ -99,7 +99,8 @@ def test_a_queue_is_measured_as_a_long_run_has_it(
     calls.clear()
     laps = harness.Laps(CPU)
     run(laps)
-    assert calls == [*expected, "sleep"]
+    assert calls == expected
+    assert slept == pytest.approx([1.5 * 4 * batch_s, 1.5 * max(4, run.count) * batch_s])
     assert laps.milliseconds()["steps"] == pytest.approx(1e3 * run.count * (1 + batch_s))
     assert run.count == {0.5: 2, 2.0: 6}[batch_s]
 
