@@ -79,7 +79,8 @@ def test_a_queue_is_measured_as_a_long_run_has_it(
     """Full where a batch is made faster than a step of a second. Otherwise empty, for a number of steps that the three
     workers share evenly. One step ahead is not measured.
     """
-    now, calls, slept = [0.0], [], []
+    now, calls = [0.0], []
+    slept: list[float] = []
 
     def lasting(name: str, seconds: float) -> None:
         now[0] += seconds
