@@ -172,7 +172,7 @@ def measure(
                 size,
                 threads,
                 runtime.device,
-                make=peer.images,
+                make=peer.make,
                 collate=peer.collate,
                 arrive=peer.arrive,
                 labels=True,

@@ -134,12 +134,10 @@ def timm_step(classes: int, device: torch.device) -> Step:
 
 @dataclass(frozen=True)
 class Peer:
-    """images: what benchmarks.pipeline.loader calls `make`; collate, arrive: as it takes them; ahead: how many batches
-    `arrive` holds.
-    """
+    """make, collate, arrive: as benchmarks.pipeline.loader takes them; ahead: how many batches `arrive` holds."""
 
     step: Callable[[int, torch.device], Step]
-    images: Callable[[Path, int], ImageFolder]
+    make: Callable[[Path, int], ImageFolder]
     collate: Callable | None = None
     arrive: Callable[[Batches, torch.device], Batches] = to_device
     ahead: int = 0

@@ -65,7 +65,7 @@ def machine_memory() -> int:
 
 
 def cpu_features() -> str:
-    """Features that decide how fast the processor trains, as "avx2 amx_bf16". Those of one name may differ in them."""
+    """Features that decide how fast the processor trains, as "avx2 amx_bf16". Its name alone does not tell them."""
     there = torch.cpu.get_capabilities()
     return " ".join(name for name in FEATURES if there.get(name))
 
