@@ -104,6 +104,21 @@ VARIANTS = Experiment(
     classes=25,
 )
 
+# The price of kept features: an image is seen in fewer draws than there are epochs, and rounded to 16 bits.
+KEPT = Experiment(
+    "LSTMs on a conv4 frozen at ImageNet weights, at 64 px, with images drawn anew for each epoch, or three draws or one "
+    "kept",
+    "paper --weights {weights} --weights-partial --network lstm --stages conv4 --head-freeze conv4 --image-size 64 "
+    f"--batch-size 64 --plateau 0 --epochs 0 --head-epochs 9 --head-lr 0.01 --weight-decay 0.05 {CPU}",
+    (
+        Run("drawn anew", ""),
+        Run("three draws", "--cache-features 3"),
+        Run("one draw", "--cache-features 1"),
+    ),
+    seeds=3,
+    classes=25,
+)
+
 SWITCHES = {
     "plain": "",
     "layer-decay": "--layer-decay 0.7",
@@ -134,5 +149,6 @@ EXPERIMENTS = {
     "scratch": SCRATCH,
     "readout": READOUT,
     "variants": VARIANTS,
+    "kept": KEPT,
     "ablation": ABLATION,
 }

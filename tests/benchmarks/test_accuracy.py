@@ -105,7 +105,7 @@ def test_a_subset_has_every_nth_class(folder: Path, tiny_set: Path) -> None:
     assert part.hash == accuracy.subset(whole, 2).hash
 
 
-@pytest.mark.parametrize("name", ["transfer", "readout", "variants", "ablation"])
+@pytest.mark.parametrize("name", ["transfer", "readout", "variants", "kept", "ablation"])
 def test_pretrained_weights_have_to_be_named(name: str, tiny_set: Path) -> None:
     with pytest.raises(InputError, match=f"--weights: {name} starts from pretrained weights"):
         accuracy.parse([name, "--data", str(tiny_set)])
