@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from benchmarks import harness
 from benchmarks.accuracy_runs import EXPERIMENTS, Experiment, Run
 from fastnet import ensemble, evaluate, figures
@@ -66,7 +68,9 @@ def main(argv: Sequence[str]) -> None:
     if experiment.curves:
         names = [run.name for run in experiment.runs if not run.trained]
         curves = [read_curves(folder / f"{name}-0", name) for name in names]
-        for path in figures.save(figures.draw(curves), folder):
+        figure = figures.draw(curves)
+        mark(figure.axes[len(curves) :], experiment.elsewhere)
+        for path in figures.save(figure, folder):
             shutil.copy(path, harness.results_dir() / f"accuracy-{args.experiment}{path.suffix}")
 
 
@@ -180,6 +184,16 @@ def scored(
         **of_set(data),
         **harness.about(),
     }
+
+
+def mark(axes: Sequence[Axes], elsewhere: Sequence[tuple[str, float]]) -> None:
+    """Adds what others have reached to plots of the top-1."""
+    for axis in axes:
+        for name, top1 in elsewhere:
+            axis.axhline(top1, color="0.6", linewidth=0.8)
+            place = axis.get_yaxis_transform()  # x from 0 to 1
+            axis.text(0.02, top1, f"{name}: {top1:.1%}", transform=place, va="bottom", fontsize=8)
+            axis.set_ylim(top=max(axis.get_ylim()[1], 1.1 * top1))
 
 
 def of_set(data: PreparedSet) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import accuracy, accuracy_runs, harness
 from benchmarks.accuracy_runs import Experiment, Run
@@ -32,6 +33,7 @@ TINY = Experiment(
     seeds=2,
     averages=(("baseline", "lstm"),),
     curves=True,
+    elsewhere=(("another", 0.9), ("a third", 0.7)),
 )
 
 
@@ -69,6 +71,14 @@ def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capfd: pytest.Ca
     again = harness.read_csv(folder / "accuracy-tiny.csv")[0]
     assert [again[key] for key in ("hours", "date")] == [rows[0][key] for key in ("hours", "date")]
     assert (again["git"], again["machine"]) == ("0123456789ab", "another")
+
+
+def test_what_others_reached_is_within_the_plot() -> None:
+    axis = Figure().subplots()
+    axis.plot([0, 1], [0, 0.1])
+    accuracy.mark([axis], TINY.elsewhere)
+    assert [text.get_text() for text in axis.texts] == ["another: 90.0%", "a third: 70.0%"]
+    assert axis.get_ylim()[1] > 0.9
 
 
 def test_hours_of_an_epoch_in_two_sessions() -> None:
