@@ -24,7 +24,7 @@ class Experiment:
     """Runs with common flags, each with the seeds from 0 on.
 
     `averages`: groups of runs whose scores are averaged. `classes`: train on that many classes only; 0: on all.
-    `curves`: whether the runs of seed 0 become a figure. `elsewhere`: what others have reached, as lines in it.
+    `curves`: whether the runs of seed 0 become a figure. `elsewhere`: names and top-1 of others, drawn as lines in it.
     """
 
     about: str
