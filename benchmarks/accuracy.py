@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     given = {"weights": args.weights, "precision": args.precision}
     rows = []
     for seed in range(experiment.seeds):
-        for run in experiment.runs:
+        for run in experiment.runs_of(seed):
             if run.trained:
                 run_dir = folder / f"{run.trained}-{seed}"
                 rows.append(evaluated(args.experiment, run, seed, run_dir, data))
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
             write(args.experiment, rows)
     print(table(rows))
     if experiment.curves:
-        names = [run.name for run in experiment.runs if not run.trained]
+        names = [run.name for run in experiment.runs if not (run.trained or run.tuning)]
         curves = [read_curves(folder / f"{name}-0", name) for name in names]
         figure = figures.draw(curves)
         mark(figure.axes[len(curves) :], experiment.elsewhere)
@@ -223,7 +223,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| run | top-1 | top-5 | top-1 less that of {runs[0]}, by seed |", "|---|---|---|---|"]
     for run in runs:
         top1, top5 = ([float(row[key]) for row in of[run]] for key in ("top1", "top5"))
-        apart = ", ".join(f"{100 * (a - b):+.1f}" for a, b in zip(top1, first, strict=True))
+        apart = ", ".join(f"{100 * (a - b):+.1f}" for a, b in zip(top1, first, strict=False))  # tuning has seed 0
         lines.append(f"| {run} | {spread(top1)} | {spread(top5)} | {apart} |")
     return "\n".join(lines)
 

@@ -10,13 +10,15 @@ class Run:
     """A run of train.py. In its flags {weights} and {precision} are what the command is given, {start} the last.pt of
     run `start`.
 
-    Run `trained`, where there is one, is evaluated once more instead, with these flags of evaluate.py.
+    Run `trained`, where there is one, is evaluated once more instead, with these flags of evaluate.py. A run of
+    `tuning` has seed 0 alone.
     """
 
     name: str
     flags: str
     start: str = ""
     trained: str = ""
+    tuning: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Experiment:
     classes: int = 0
     curves: bool = False
     elsewhere: tuple[tuple[str, float], ...] = ()
+
+    def runs_of(self, seed: int) -> list[Run]:
+        return [run for run in self.runs if seed == 0 or not run.tuning]
 
     def flags_of(self, run: Run) -> str:
         """All flags of a run, with {weights}, {precision} and {start}."""
@@ -77,14 +82,18 @@ SCRATCH = Experiment(
 # What is frozen up to conv4 comes from ImageNet, and was never fitted to this set.
 READOUT = Experiment(
     "phase one of the paper at 224 px: what LSTMs and a linear layer read out of a frozen conv4",
-    "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 3 "
-    f"--batch-size 128 --plateau 0 --epochs 0 --head-epochs 12 --weight-decay 0.05 {CPU}",
+    "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 2 "
+    f"--batch-size 64 --plateau 0 --epochs 0 --head-epochs 10 --weight-decay 0.05 {CPU}",
     (
-        Run("lstm", "--network lstm --head-lr 0.003"),
-        Run("linear", "--network linear --head-lr 0.01"),
+        Run("linear, rate 0.01", "--network linear --head-lr 0.01", tuning=True),
+        Run("linear, rate 0.03", "--network linear --head-lr 0.03", tuning=True),
+        Run("linear, rate 0.1", "--network linear --head-lr 0.1", tuning=True),
+        Run("LSTMs, rate 0.01", "--network lstm --head-lr 0.01", tuning=True),
+        Run("LSTMs, rate 0.003", "--network lstm --head-lr 0.003", tuning=True),
     ),
-    seeds=3,
-    classes=50,
+    seeds=1,
+    classes=25,
+    curves=True,
 )
 
 # conv5 takes no part: the weights that this was measured with go up to conv4.
@@ -99,9 +108,9 @@ VARIANTS = Experiment(
         Run("conv3, 64", "--network lstm --stages conv3"),
         Run("conv3 and conv4, 64", "--network lstm --stages conv3,conv4"),
         Run("conv3 and conv4, 128", "--network lstm --stages conv3,conv4 --seq-len 128"),
-        Run("conv4, 64, rate 0.01", "--network lstm --stages conv4 --head-lr 0.01"),
-        Run("linear on conv4, rate 0.01", "--network linear --stages conv4 --head-lr 0.01"),
-        Run("linear on conv4, rate 0.03", "--network linear --stages conv4 --head-lr 0.03"),
+        Run("conv4, 64, rate 0.01", "--network lstm --stages conv4 --head-lr 0.01", tuning=True),
+        Run("linear on conv4, rate 0.01", "--network linear --stages conv4 --head-lr 0.01", tuning=True),
+        Run("linear on conv4, rate 0.03", "--network linear --stages conv4 --head-lr 0.03", tuning=True),
     ),
     seeds=3,
     classes=25,

@@ -73,6 +73,15 @@ def test_runs_averages_and_curves(folder: Path, tiny_set: Path, capfd: pytest.Ca
     assert (again["git"], again["machine"]) == ("0123456789ab", "another")
 
 
+def test_tuning_has_the_first_seed_alone() -> None:
+    runs = (Run("kept", ""), Run("tried", "--lr 1", tuning=True))
+    experiment = Experiment("", "", runs, seeds=2)
+    assert [experiment.runs_of(seed) for seed in range(2)] == [[*runs], [runs[0]]]
+    scores = [("kept", "0.50"), ("tried", "0.60"), ("kept", "0.52")]
+    rows = [{"run": name, "top1": score, "top5": "0.80"} for name, score in scores]
+    assert "| tried | 0.6000 | 0.8000 | +10.0 |" in accuracy.table(rows)
+
+
 def test_what_others_reached_is_within_the_plot() -> None:
     axis = Figure().subplots()
     axis.plot([0, 1], [0, 0.1])
