@@ -83,7 +83,7 @@ SCRATCH = Experiment(
 READOUT = Experiment(
     "phase one of the paper at 224 px: what LSTMs and a linear layer read out of a frozen conv4",
     "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 2 "
-    f"--batch-size 64 --plateau 0 --epochs 0 --head-epochs 10 --weight-decay 0.05 {CPU}",
+    f"--batch-size 64 --plateau 0 --epochs 0 --head-epochs 8 --weight-decay 0.05 {CPU}",
     (
         Run("linear, rate 0.01", "--network linear --head-lr 0.01", tuning=True),
         Run("linear, rate 0.03", "--network linear --head-lr 0.03", tuning=True),

@@ -331,7 +331,7 @@ def trained_rate(data: PreparedSet, ranks: int, size: int, share: int, *, steps:
 def cases(runtime: Runtime, *, quick: bool) -> Iterator[tuple[str, str, int, int]]:
     """(network, phase, image size, batch)."""
     cuda = runtime.device.type == "cuda"
-    sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 32}
+    sizes = {64: 512, 224: 256} if cuda else {64: 64, 224: 64}
     if quick:
         sizes = {224: 256} if cuda else {64: 16}
     for size, batch in sizes.items():
