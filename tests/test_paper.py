@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fastnet import paper
+from fastnet.data.prepared import open_set
 from fastnet.distributed import device
 from fastnet.errors import InputError
 from tests.support.paths import REPOSITORY
@@ -85,6 +86,17 @@ def test_the_whole_paper(tiny_set: Path, tmp_path: Path) -> None:
     baseline = json.loads((out / "baseline" / "manifest.json").read_text())["config"]
     assert (baseline["head_epochs"], baseline["cache_features"], config["cache_features"]) == (0, 0, 1)
     assert "--head-epochs: for the LSTM network; the paper's baseline has no frozen phase" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("holdout", "decided"), [(0.0, "on the same images."), (0.05, "on 5% of the training images, held out.")]
+)
+def test_the_table_says_what_decided(tiny_set: Path, tmp_path: Path, holdout: float, decided: str) -> None:
+    score = {"top1": 0.5, "top5": 0.75, "loss": 1.0, "count": 10}
+    scores = {**score, "runs": {"baseline": score, "lstm": score}}
+    paper.write_results(tmp_path, open_set(tiny_set), scores, holdout)
+    assert f"the best epoch were decided {decided}" in (tmp_path / "results.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["holdout"] == holdout
 
 
 @pytest.mark.long

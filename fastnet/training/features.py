@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
@@ -36,7 +35,6 @@ from fastnet.data.prepared import PreparedSet
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
 from fastnet.distributed.storage import ranks_sharing
-from fastnet.errors import InputError
 from fastnet.files import STALE, atomic_write, remove_leftovers
 from fastnet.input.spec import InputSpec
 from fastnet.input.streams import Batch, DrawnStream, micro_batches, part
@@ -113,25 +111,33 @@ class FrozenFeatures:
                 named[path] = draw, images[first : first + SHARD]
         return named
 
-    def prepare(self, threads: int, stop: StopSignal | None = None) -> bool:
-        """Computes the missing files, each rank some of those that its disk lacks. Collective. Returns False after a
-        signal to stop.
-
-        Raises InputError if a disk has no room for them, before the first one.
-        """
+    def missing(self) -> tuple[list[int], dict[Path, tuple[str, NDArray[np.int64]]]]:
+        """The ranks that write to this rank's disk, and the files that it lacks; neither where no disk lacks any.
+        Collective."""
         files = self.files()
         seen = self.runtime.gather(
             [path.name for path, (_, images) in files.items() if not self._is_whole(path, len(images))]
         )
         if not any(seen):
-            return True
+            return [], {}
         sharing = ranks_sharing(self.folder.parent, self.runtime)
         # By one rank's look: other runs may be making the same files meanwhile.
-        missing = {path: file for path, file in files.items() if path.name in seen[sharing[0]]}
+        return sharing, {path: file for path, file in files.items() if path.name in seen[sharing[0]]}
+
+    def prepare(self, threads: int, stop: StopSignal | None = None) -> bool:
+        """Computes the missing files, each rank some of those that its disk lacks. Collective. Returns False after a
+        signal to stop."""
+        sharing, missing = self.missing()
+        if not sharing:
+            return True
         with self.runtime.agree():
             if missing and self.runtime.rank == sharing[0]:
                 remove_leftovers(self.folder, older=STALE)
-                self._check_room(sum(len(images) for _, images in missing.values()))
+                self.runtime.say(
+                    f"features: {', '.join(self.network.kept_stages())} of "
+                    f"{sum(len(images) for _, images in missing.values())} images, "
+                    f"{sum(self.sizes(missing).values()) / 1e9:.2g} GB in {self.folder}"
+                )
         training = self.network.training
         self.network.eval()
         done = all(
@@ -147,23 +153,16 @@ class FrozenFeatures:
         self.network.train(training)
         return done
 
+    def sizes(self, files: dict[Path, tuple[str, NDArray[np.int64]]]) -> dict[Path, int]:
+        """The bytes of each file."""
+        return {path: self._size(len(images)) for path, (_, images) in files.items()}
+
     def _is_whole(self, path: Path, images: int) -> bool:
         """Whether a file is there with all its bytes, which one that was copied from elsewhere may lack."""
-        size = len(self._header(images)) + images * self.row * 2
-        return path.is_file() and path.stat().st_size == size
+        return path.is_file() and path.stat().st_size == self._size(images)
 
-    def _check_room(self, images: int) -> None:
-        needed = images * self.row * 2
-        free = shutil.disk_usage(self.folder.parent).free  # a link to another disk, perhaps
-        if needed > 0.95 * free:
-            raise InputError(
-                f"--cache-features {self.config.cache_features}: takes {needed / 1e9:.1f} GB in {self.folder}, where "
-                f"{free / 1e9:.1f} GB are free; use fewer draws, or leave the flag out"
-            )
-        self.runtime.say(
-            f"features: {', '.join(self.network.kept_stages())} of {images} images, {needed / 1e9:.2g} GB in "
-            f"{self.folder}"
-        )
+    def _size(self, images: int) -> int:
+        return len(self._header(images)) + images * self.row * 2
 
     def _compute(
         self,

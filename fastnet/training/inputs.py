@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from fastnet.data.holdout import divide
 from fastnet.data.prepared import PreparedSet, Split
 from fastnet.distributed.ranks import Runtime
 from fastnet.distributed.stop import StopSignal
+from fastnet.errors import InputError
 from fastnet.input.device import DeviceEvalStream, DeviceTrainStream, eval_stream, train_stream
 from fastnet.input.spec import InputSpec
 from fastnet.input.streams import EvalStream, TrainStream, check_batch_size, part
@@ -81,14 +84,36 @@ class Inputs:
     def caches(self, phase: Phase) -> bool:
         return self.config.cache_features > 0 and phase.frozen != "none"
 
+    def frozen_features(self, network: Network, epochs: range) -> FrozenFeatures:
+        return FrozenFeatures(self.config, self.data, self.division, network, self.runtime, epochs)
+
+    def check_room(self, phases: Sequence[Phase], network: Network, state: TrainState) -> None:
+        """Raises InputError where a disk has no room for the features of all phases that are left. Collective. Leaves
+        the network frozen as one of them freezes it."""
+        sizes: dict[Path, int] = {}
+        begun = state.epoch - state.phase_epoch
+        for phase in phases[state.phase :]:
+            if self.caches(phase):
+                network.freeze(phase.frozen)
+                features = self.frozen_features(network, range(begun, begun + phase.epochs))
+                sizes |= features.sizes(features.missing()[1])
+            begun += phase.epochs
+        folder, needed = self.data.path / "features", sum(sizes.values())
+        with self.runtime.agree():
+            free = shutil.disk_usage(folder).free if needed else 0  # a link to another disk, perhaps
+            if needed > 0.95 * free:
+                raise InputError(
+                    f"--cache-features {self.config.cache_features}: takes {needed / 1e9:.1f} GB in {folder}, where "
+                    f"{free / 1e9:.1f} GB are free; use fewer draws, or leave the flag out"
+                )
+
     def keep_features(self, phase: Phase, network: Network, state: TrainState, stop: StopSignal) -> bool:
         """Where the phase trains on kept features: computes those that are missing. Collective. Returns False after a
         signal to stop."""
         if not self.caches(phase):
             return True
         begun = state.epoch - state.phase_epoch
-        epochs = range(begun, begun + phase.epochs)
-        self.features = FrozenFeatures(self.config, self.data, self.division, network, self.runtime, epochs)
+        self.features = self.frozen_features(network, range(begun, begun + phase.epochs))
         return self.features.prepare(self.spec.threads, stop)
 
     def open(self, phase: Phase, state: TrainState) -> tuple[Streamed | Resident, Any]:

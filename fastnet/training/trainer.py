@@ -318,6 +318,7 @@ class Trainer:
                 stack.callback(self.inputs.close)
                 if not self.state.done and not self.inputs.caches(self.phases[self.state.phase]):
                     self.inputs.open_images(self.phases[self.state.phase], self.state)
+            self.inputs.check_room(self.phases, self.network, self.state)
             with runtime.agree():
                 if runtime.is_main:
                     write_manifest(run_dir, config, self.data, {"from_step": self.state.step, **chosen})

@@ -27,7 +27,7 @@ from fastnet.data.holdout import divide
 from fastnet.distributed.ranks import Runtime
 from fastnet.files import STALE
 from fastnet.network.network import Network
-from fastnet.training import features
+from fastnet.training import features, inputs
 from fastnet.training.checkpoint import load
 from fastnet.training.placement import streamed_decode
 from tests.support.disks import small_disk
@@ -41,6 +41,7 @@ FLAGS = ["--freeze", "conv4", "--log-every", "1"]
 TRAINED_THEN_FROZEN = (
     "--network linear --head-freeze conv2 --head-epochs 1 --freeze conv4 --epochs 1 --ema 0.5"
 )
+USAGE = namedtuple("USAGE", "free")
 # The frozen prefixes of the two phases are not the same.
 PHASES = 2
 
@@ -92,7 +93,7 @@ def test_a_stopped_run_continues_to_the_bit(kept: Path, own_set: Path, tmp_path:
 WRITING = """
 import sys
 from fastnet import train
-from fastnet.training import features
+from fastnet.training import features, inputs
 
 write = features.FrozenFeatures._write
 
@@ -252,11 +253,19 @@ def test_what_killed_runs_left_goes_in_time(own_set: Path, kept: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_no_draw_is_computed_that_no_epoch_sees(tiny_set: Path, tmp_path: Path) -> None:
+def test_no_draw_is_computed_that_no_epoch_sees(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And room is asked for once where two phases keep the same features."""
     own = shutil.copytree(tiny_set, tmp_path / "set")
-    run_here(own, tmp_path / "run", "--head-epochs", "1", "--freeze", "conv5", "--cache-features", "9")
+    flags = ["--head-epochs", "1", "--freeze", "conv5", "--cache-features", "9"]
+    run_here(own, tmp_path / "run", *flags)
     draws = sorted(sorted(file.stem for file in folder.iterdir()) for folder in own.glob("features/*"))
     assert draws == [["0-0", "1-0", "2-0", "val-0"]]
+    taken = sum(file.stat().st_size for file in own.glob("features/*/*"))
+    shutil.rmtree(own / "features")
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: USAGE(free=1.2 * taken))
+    run_here(own, tmp_path / "again", *flags, "--max-steps", "1")
 
 
 def test_a_file_in_the_place_of_the_features(
@@ -270,16 +279,24 @@ def test_a_file_in_the_place_of_the_features(
     assert f"{own / 'features'}: cannot be written" in line
 
 
+@pytest.mark.parametrize(
+    "phases", ["--head-epochs 9", "--head-freeze none --head-epochs 1 --freeze conv5 --epochs 9"]
+)
 def test_a_disk_too_small_is_refused_first(
-    own_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    phases: str,
+    own_set: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage(free=1000))
+    """Also where it is a later phase that needs the room."""
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: USAGE(free=1000))
     flags = ["sample", "--data", own_set, "--run-dir", tmp_path / "run", "--network", "lstm"]
-    flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "9", "--cache-features", "9"]
+    flags += ["--image-size", "32", "--batch-size", "8", *phases.split(), "--cache-features", "9"]
     line = refused(capsys, monkeypatch, *flags)
     assert "--cache-features 9: takes" in line and "0.0 GB are free; use fewer draws" in line
     assert not any(file.name.startswith("8-") for file in own_set.glob("features/*/*"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
