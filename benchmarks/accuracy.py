@@ -223,9 +223,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| run | top-1 | top-5 | top-1 less that of {runs[0]}, by seed |", "|---|---|---|---|"]
     for run in runs:
         top1, top5 = ([float(row[key]) for row in of[run]] for key in ("top1", "top5"))
-        apart = ", ".join(
-            f"{100 * (a - b):+.1f}" for a, b in zip(top1, first, strict=False)
-        )  # tuning has seed 0
+        pairs = zip(top1, first, strict=False)  # a run of tuning has seed 0 alone
+        apart = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
         lines.append(f"| {run} | {spread(top1)} | {spread(top5)} | {apart} |")
     return "\n".join(lines)
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import time
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +40,6 @@ FLAGS = ["--freeze", "conv4", "--log-every", "1"]
 TRAINED_THEN_FROZEN = (
     "--network linear --head-freeze conv2 --head-epochs 1 --freeze conv4 --epochs 1 --ema 0.5"
 )
-USAGE = namedtuple("USAGE", "free")
 # The frozen prefixes of the two phases are not the same.
 PHASES = 2
 
@@ -227,7 +225,7 @@ def test_a_disk_that_fills_up_is_one_line(
         flags = ["sample", "--data", own, "--run-dir", tmp_path / "run", "--network", "lstm"]
         flags += ["--image-size", "32", "--batch-size", "8", "--head-epochs", "1", "--cache-features", "1"]
         assert "0.0 GB are free" in refused(capsys, monkeypatch, *flags)
-        monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
+        monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 40))
         line = refused(capsys, monkeypatch, *flags)
         assert ": no space left on the disk; free some space, or use fewer draws" in line
         assert not list(folder.glob("*/*")) and not list(folder.glob("*/.*"))
@@ -264,7 +262,7 @@ def test_no_draw_is_computed_that_no_epoch_sees(
     assert draws == [["0-0", "1-0", "2-0", "val-0"]]
     taken = sum(file.stat().st_size for file in own.glob("features/*/*"))
     shutil.rmtree(own / "features")
-    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: USAGE(taken / 0.94))
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: SimpleNamespace(free=taken / 0.94))
     run_here(own, tmp_path / "again", *flags, "--max-steps", "1")
 
 
@@ -292,7 +290,7 @@ def test_a_disk_too_small_is_refused_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where there is room for those of the first phase."""
-    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: USAGE(free))
+    monkeypatch.setattr(inputs.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     flags = ["sample", "--data", own_set, "--run-dir", tmp_path / "run", "--network", "lstm"]
     flags += ["--image-size", "32", "--batch-size", "8", *phases.split(), "--cache-features", "9"]
     line = refused(capsys, monkeypatch, *flags)
