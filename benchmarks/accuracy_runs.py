@@ -85,13 +85,13 @@ READOUT = Experiment(
     "paper --weights {weights} --weights-partial --stages conv4 --head-freeze conv4 --cache-features 2 "
     f"--batch-size 64 --plateau 0 --epochs 0 --head-epochs 8 --weight-decay 0.05 {CPU}",
     (
+        Run("linear, rate 0.1", "--network linear --head-lr 0.1"),
         Run("linear, rate 0.01", "--network linear --head-lr 0.01", tuning=True),
         Run("linear, rate 0.03", "--network linear --head-lr 0.03", tuning=True),
-        Run("linear, rate 0.1", "--network linear --head-lr 0.1", tuning=True),
+        Run("LSTMs, rate 0.003", "--network lstm --head-lr 0.003"),
         Run("LSTMs, rate 0.01", "--network lstm --head-lr 0.01", tuning=True),
-        Run("LSTMs, rate 0.003", "--network lstm --head-lr 0.003", tuning=True),
     ),
-    seeds=1,
+    seeds=3,
     classes=25,
     curves=True,
 )
