@@ -657,17 +657,19 @@ def test_download_of_something_else(served: tuple[type[Server], str], tmp_path: 
 
 
 def test_a_download_waits_for_another_one(
-    served: tuple[type[Server], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    served: tuple[type[Server], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And takes what that one has fetched."""
-    target, said = tmp_path / "tiny.zip", ""
+    # capsys would lose what another thread writes while it is read.
+    target, said = tmp_path / "tiny.zip", io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
     with ThreadPoolExecutor() as pool:
         with exclusive(target.with_name("tiny.zip.part")):
             waiting = pool.submit(fetch, served, target)
-            while "waiting for another process" not in said and not waiting.done():
-                said += capsys.readouterr().err
+            while "waiting for another process" not in said.getvalue() and not waiting.done():
+                pass
             target.write_bytes(b"of the other one")
-        assert "waiting for another process" in said
+        assert "waiting for another process" in said.getvalue()
         assert waiting.result() == target and target.read_bytes() == b"of the other one"
 
 
