@@ -219,12 +219,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: each run's top-1 and top-5, and its distance from the first run, over the seeds."""
     runs = list(dict.fromkeys(row["run"] for row in rows))
     of = {run: [row for row in rows if row["run"] == run] for run in runs}
-    first = [float(row["top1"]) for row in of[runs[0]]]
+    first = {row["seed"]: float(row["top1"]) for row in of[runs[0]]}
     lines = [f"| run | top-1 | top-5 | top-1 less that of {runs[0]}, by seed |", "|---|---|---|---|"]
     for run in runs:
         top1, top5 = ([float(row[key]) for row in of[run]] for key in ("top1", "top5"))
-        pairs = zip(top1, first, strict=False)  # a run of tuning has seed 0 alone
-        apart = ", ".join(f"{100 * (a - b):+.1f}" for a, b in pairs)
+        apart = ", ".join(f"{100 * (float(row['top1']) - first[row['seed']]):+.1f}" for row in of[run])
         lines.append(f"| {run} | {spread(top1)} | {spread(top5)} | {apart} |")
     return "\n".join(lines)
 

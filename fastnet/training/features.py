@@ -112,8 +112,8 @@ class FrozenFeatures:
         return named
 
     def missing(self) -> tuple[list[int], dict[Path, tuple[str, NDArray[np.int64]]]]:
-        """The ranks that write to this rank's disk, and the files that it lacks; neither where no disk lacks any.
-        Collective."""
+        """The ranks that write to this rank's disk, and the files that it lacks; both empty where no disk lacks
+        any. Collective."""
         files = self.files()
         seen = self.runtime.gather(
             [path.name for path, (_, images) in files.items() if not self._is_whole(path, len(images))]

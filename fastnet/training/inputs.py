@@ -88,8 +88,8 @@ class Inputs:
         return FrozenFeatures(self.config, self.data, self.division, network, self.runtime, epochs)
 
     def check_room(self, phases: Sequence[Phase], network: Network, state: TrainState) -> None:
-        """Raises InputError where a disk has no room for the features of all phases that are left. Collective. Leaves
-        the network frozen as one of them freezes it."""
+        """Raises InputError where a disk has no room for the features of all phases that are left. Collective.
+        Freezes the network as each of these phases does."""
         sizes: dict[Path, int] = {}
         begun = state.epoch - state.phase_epoch
         for phase in phases[state.phase :]:

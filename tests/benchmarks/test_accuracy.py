@@ -77,8 +77,8 @@ def test_tuning_has_the_first_seed_alone() -> None:
     runs = (Run("kept", ""), Run("tried", "--lr 1", tuning=True))
     experiment = Experiment("", "", runs, seeds=2)
     assert [experiment.runs_of(seed) for seed in range(2)] == [[*runs], [runs[0]]]
-    scores = [("kept", "0.50"), ("tried", "0.60"), ("kept", "0.52")]
-    rows = [{"run": name, "top1": score, "top5": "0.80"} for name, score in scores]
+    scores = [("kept", 0, "0.50"), ("tried", 0, "0.60"), ("kept", 1, "0.52")]
+    rows = [{"run": name, "seed": seed, "top1": score, "top5": "0.80"} for name, seed, score in scores]
     assert "| tried | 0.6000 | 0.8000 | +10.0 |" in accuracy.table(rows)
 
 

@@ -295,6 +295,7 @@ def test_a_disk_too_small_is_refused_first(
     flags += ["--image-size", "32", "--batch-size", "8", *phases.split(), "--cache-features", "9"]
     line = refused(capsys, monkeypatch, *flags)
     assert "--cache-features 9: takes" in line and "0.0 GB are free; use fewer draws" in line
+    assert not any(file.name.startswith("8-") for file in own_set.glob("features/*/*"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
