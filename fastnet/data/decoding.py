@@ -79,7 +79,7 @@ class ImageDecoder:
         """The pixels of images of `sizes` [B, 2], one after the other (uint8), and where each begins [B]; valid until
         the next call.
 
-        JPEGs of 1 or 3 colour components (`Split.components`) are decoded by libjpeg-turbo, which DALI uses too,
+        JPEGs of 1 or 3 colour components (`Split.jpegs`) are decoded by libjpeg-turbo, which DALI uses too,
         without what DALI does around every small image. Others (PNGs; CMYK, which DALI converts with other roundings)
         and what libjpeg-turbo refuses or warns of are left to DALI. Raises RuntimeError if that cannot decode one
         either.

@@ -13,20 +13,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastnet.data.decoding import CHUNK_PIXELS, Decoder
+from fastnet.data.headers import CUT_OFF, DAMAGED, MAX_SCANS, jpeg_header
 
 MAX_BYTES = 1 << 26
 MAX_PIXELS = 1 << 26  # 8192 x 8192, 200 MB decoded
-MAX_SCANS = (
-    256  # DALI's own limit for progressive JPEGs, whose every scan costs as much as decoding the image
-)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
-FILL = re.compile(rb"\xff*")
 # Of a segment or the end; what else is in a scan is no marker.
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
-SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15 (ITU-T T.81, table B.1)
 
 _one_large_image = threading.Lock()
 
@@ -48,11 +44,15 @@ def read_header(image: bytes) -> tuple[int, int, int]:
             if length != 13 or kind != b"IHDR":
                 raise BadImage("is a bad image (its PNG header is damaged); get it again or remove it")
         elif image.startswith(JPEG):
-            height, width, components = _jpeg_header(image)
+            height, width, components = jpeg_header(image)
         else:
             raise BadImage("is neither JPEG nor PNG; remove or convert it")
     except struct.error:
-        raise BadImage("is a truncated image (its header is cut off); get it again or remove it") from None
+        height = CUT_OFF
+    if height == CUT_OFF:
+        raise BadImage("is a truncated image (its header is cut off); get it again or remove it")
+    if height == DAMAGED:
+        raise BadImage("is a bad image (its JPEG header is damaged); get it again or remove it")
     if not height or not width:
         raise BadImage("is a bad image (it has no pixels); get it again or remove it")
     if height * width > MAX_PIXELS:
@@ -60,18 +60,6 @@ def read_header(image: bytes) -> tuple[int, int, int]:
             f"is {width} x {height} pixels, more than {MAX_PIXELS >> 20} million pixels; make it smaller"
         )
     return height, width, components
-
-
-def _jpeg_header(image: bytes) -> tuple[int, int, int]:
-    at = 2
-    while True:
-        at = max(at, FILL.match(image, at).end() - 1)  # type: ignore[union-attr]  # fill bytes may precede a marker
-        start, marker, length = struct.unpack_from(">BBH", image, at)
-        if start != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == JPEG_SCAN[1] or length < 2:
-            raise BadImage("is a bad image (its JPEG header is damaged); get it again or remove it")
-        if marker in SIZE_MARKERS:
-            return struct.unpack_from(">HHB", image, at + 5)
-        at += 2 + length
 
 
 def check_header(image: bytes, height: int, width: int) -> int:

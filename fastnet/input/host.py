@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastnet.data import headers
 from fastnet.data.decoding import ImageDecoder
 from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
@@ -53,6 +54,8 @@ class HostBatches:
         self.split, self.spec, self.largest = split, spec, largest
         self.decoded = DecodedImages(split, spec.threads) if spec.decode == "raw" else None
         self.make_images = compiled()
+        if self.decoded is None:
+            headers.compiled()  # once, and not by each thread
         self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
         self.under_way: deque[_UnderWay] = deque()
         # Fresh memory would cost more than what is written to it: the kernel clears it page by page.
@@ -103,8 +106,7 @@ class HostBatches:
         if self.decoded is not None:
             pixels, starts = self.decoded.mapped, self.decoded.starts[index]
         else:
-            images = [self.split.jpeg(i) for i in index]
-            components = [self.split.components(i) for i in index]
+            images, components = self.split.jpegs(index)
             pixels, starts = self.this_thread.decode(images, sizes, components)
         mirror = inputs.get("mirror", np.zeros(len(index), np.int32))
         self.make_images(pixels, starts, sizes, inputs["start"], inputs["end"], mirror, FACTOR, SHIFT, x)
