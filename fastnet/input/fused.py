@@ -15,6 +15,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fastnet.jit import compile_for, jit
@@ -44,41 +47,68 @@ def filter_taps(
     return count
 
 
+@intrinsic
+def add_pixels(
+    context: Any, line: Any, at: Any, beside: Any, weight: Any, other: Any, to_line: Any, to: Any
+) -> Any:
+    """Four numbers at once: to_line[to:to + 4] = weight * line[at:at + 4] + other * line[beside:beside + 4].
+
+    A pixel has three; the fourth is the next one's, which is written after it. LLVM does not find this by itself.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lines = {
+            n: context.make_array(signature.args[n])(context, builder, arguments[n]).data for n in (0, 5)
+        }
+        four = ir.VectorType(ir.FloatType(), 4)
+
+        def place(line: int, index: int) -> Any:
+            return builder.bitcast(builder.gep(lines[line], [arguments[index]]), four.as_pointer())
+
+        def product(weight: int, index: int) -> Any:
+            one = builder.insert_element(
+                ir.Constant(four, ir.Undefined), arguments[weight], ir.IntType(32)(0)
+            )
+            each = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4))
+            return builder.fmul(each, builder.load(place(0, index), align=4), flags=["contract"])
+
+        total = builder.fadd(product(3, 1), product(4, 2), flags=["contract"])
+        builder.store(total, place(5, 6), align=4)
+        return context.get_dummy_value()
+
+    return types.void(
+        line, types.uint64, types.uint64, types.float32, types.float32, to_line, types.uint64
+    ), generate
+
+
 @jit(inline="always")
 def resize_line(
-    line: NDArray[np.uint8],
+    line: NDArray[np.float32],
     weights: NDArray[np.float32],
     places: NDArray[np.uint32],
     taps: int,
-    mirror: int,
-    factor: NDArray[np.float32],
-    shift: NDArray[np.float32],
     to_line: NDArray[np.float32],
 ) -> None:
-    """Fills `to_line` [3 * S] with a row of the image [3 * W], resized across, mirrored and normalised."""
-    size = len(places)
-    by_red, by_green, by_blue = factor
-    less_red, less_green, less_blue = shift
+    """Fills `to_line` [3 * S + 1 at least] with a row of the image [3 * W + 1 at least], resized across."""
     # Unsigned, as numba would ask of every other index whether it counts from the end.
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
-    first, step = (3 * (size - 1), -3) if mirror else (0, 3)
-    for i in range(size):
-        to = np.uint64(first + step * i)
-        weight, at = weights[i, 0], three * places[i, 0]
-        other, beside = weights[i, 1], three * places[i, 1]
-        red = weight * np.float32(line[at]) + other * np.float32(line[beside])
-        green = weight * np.float32(line[at + one]) + other * np.float32(line[beside + one])
-        blue = weight * np.float32(line[at + two]) + other * np.float32(line[beside + two])
-        to_line[to] = red * by_red - less_red
-        to_line[to + one] = green * by_green - less_green
-        to_line[to + two] = blue * by_blue - less_blue
+    for i in range(len(places)):
+        add_pixels(  # type: ignore[call-arg]  # numba gives the context
+            line,
+            three * places[i, 0],
+            three * places[i, 1],
+            weights[i, 0],
+            weights[i, 1],
+            to_line,
+            three * np.uint64(i),
+        )
     for k in range(2, taps):
-        for i in range(size):
-            to = np.uint64(first + step * i)
+        for i in range(len(places)):
+            to = three * np.uint64(i)
             weight, at = weights[i, k], three * places[i, k]
-            to_line[to] += weight * np.float32(line[at]) * by_red
-            to_line[to + one] += weight * np.float32(line[at + one]) * by_green
-            to_line[to + two] += weight * np.float32(line[at + two]) * by_blue
+            to_line[to] += weight * line[at]
+            to_line[to + one] += weight * line[at + one]
+            to_line[to + two] += weight * line[at + two]
 
 
 @jit(fastmath={"contract"})
@@ -102,22 +132,35 @@ def make_images(
         mirror: [B], 0 or 1.
     """
     count, size = x.shape[0], x.shape[1]
-    tallest, taps_down, taps_across = 1, 2, 2
+    tallest, widest, taps_down, taps_across = 1, 1, 2, 2
     for n in range(count):
-        tallest = max(tallest, sizes[n, 0])
+        tallest, widest = max(tallest, sizes[n, 0]), max(widest, sizes[n, 1])
         taps_down = max(taps_down, math.ceil(2 * (end[n, 0] - start[n, 0]) / size))
         taps_across = max(taps_across, math.ceil(2 * (end[n, 1] - start[n, 1]) / size))
     weights_down = np.empty((size, taps_down), np.float32)
     weights_across = np.empty((size, taps_across), np.float32)
     rows, columns = np.empty((size, taps_down), np.uint32), np.empty((size, taps_across), np.uint32)
-    lines = np.empty((tallest, 3 * size), np.float32)  # rows of the image, resized across and normalised
+    source = np.zeros(3 * widest + 1, np.float32)  # a row of the image, normalised
+    lines = np.empty(
+        (tallest, 3 * size + 16), np.float32
+    )  # the same, resized across; each begins as the first does
+    factors, shifts = np.empty(3 * widest, np.float32), np.empty(3 * widest, np.float32)
+    for j in range(3 * widest):
+        factors[j], shifts[j] = factor[j % 3], shift[j % 3]
     for n in range(count):
         height, width = sizes[n]
         image = pixels[starts[n] : starts[n] + 3 * height * width].reshape(height, 3 * width)
         down = filter_taps(start[n, 0], end[n, 0], height, weights_down, rows)
         across = filter_taps(start[n, 1], end[n, 1], width, weights_across, columns)
+        left, right = 3 * columns[0, 0], 3 * (columns[size - 1, across - 1] + 1)
+        if mirror[n]:
+            weights_across[:] = weights_across[::-1].copy()
+            columns[:] = columns[::-1].copy()
         for row in range(rows[0, 0], rows[size - 1, down - 1] + 1):
-            resize_line(image[row], weights_across, columns, across, mirror[n], factor, shift, lines[row])
+            line = image[row]
+            for j in range(left, right):
+                source[j] = np.float32(line[j]) * factors[j] - shifts[j]
+            resize_line(source, weights_across, columns, across, lines[row])
         for i in range(size):
             out = x[n, i].reshape(3 * size)
             first, second = lines[rows[i, 0]], lines[rows[i, 1]]

@@ -21,8 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastnet.data import headers
 from fastnet.data.decoding import Decoder, ImageDecoder
-from fastnet.data.image import read_header
+from fastnet.data.image import BadImage, check_header, read_header
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input import fused
@@ -84,6 +85,34 @@ def test_decoded_pixels_are_dalis() -> None:
     alone = ImageDecoder()
     alone(images[:-5], sizes[:-5], components[:-5])
     assert alone.dali.pipe is None, "a JPEG was left to DALI"
+
+
+def test_headers_read_at_once(train: Split) -> None:
+    """They are those that Python reads, whatever the bytes; what it would refuse is left to it."""
+    rng = np.random.default_rng(0)
+    images = [encoded(kind).tobytes() for kind in KINDS]
+    scans = images[0][:-2] + b"\xff\xda\x00\x02" * 300 + b"\xff\xd9"
+    images += [images[0][:2] + b"\xff" * 5 + images[0][2:], scans, b"", b"\xff\xd8\xff"]
+    for image in images[:3] * 500:
+        changed = bytearray(image[: rng.integers(1, 200)] if rng.random() < 0.3 else image)
+        for place in rng.integers(0, len(changed), 3):
+            changed[place] = rng.choice([0, 1, 0xC0, 0xC4, 0xD8, 0xDA, 0xFF])
+        images.append(bytes(changed))
+    height, width = NOISE.shape[:2]
+    sizes = np.full((len(images), 2), (height, width), np.int32)
+    ends = np.cumsum([len(image) for image in images])
+    bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    components = np.zeros(len(images), np.int32)
+    headers.compiled()(np.frombuffer(b"".join(images), np.uint8), bounds, sizes, components)
+    assert components[:13].tolist() == [3, 3, 3, 3, 3, 3, 1, 4, -1, -1, -1, -1, 3]
+    expected = []
+    for image in images:
+        try:
+            expected.append(check_header(image, height, width) or -1)  # a PNG has 0
+        except BadImage:
+            expected.append(-1)
+    assert components.tolist() == expected
+    assert 200 < expected.count(-1) < len(images) - 200
 
 
 def test_a_decoder_keeps_its_memory() -> None:
