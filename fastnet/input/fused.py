@@ -48,12 +48,12 @@ def filter_taps(
 
 
 @intrinsic
-def add_pixels(
+def blend_pixels(
     context: Any, line: Any, at: Any, beside: Any, weight: Any, other: Any, to_line: Any, to: Any
 ) -> Any:
-    """Four numbers at once: to_line[to:to + 4] = weight * line[at:at + 4] + other * line[beside:beside + 4].
+    """to_line[to:to + 4] = weight * line[at:at + 4] + other * line[beside:beside + 4].
 
-    A pixel has three; the fourth is the next one's, which is written after it. LLVM does not find this by itself.
+    A pixel has three; the next pixel's overwrite the fourth. LLVM does not vectorise three by itself.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -93,7 +93,7 @@ def resize_line(
     # Unsigned, as numba would ask of every other index whether it counts from the end.
     one, two, three = np.uint64(1), np.uint64(2), np.uint64(3)
     for i in range(len(places)):
-        add_pixels(  # type: ignore[call-arg]  # numba gives the context
+        blend_pixels(  # type: ignore[call-arg]  # numba gives the context
             line,
             three * places[i, 0],
             three * places[i, 1],
@@ -141,9 +141,8 @@ def make_images(
     weights_across = np.empty((size, taps_across), np.float32)
     rows, columns = np.empty((size, taps_down), np.uint32), np.empty((size, taps_across), np.uint32)
     source = np.zeros(3 * widest + 1, np.float32)  # a row of the image, normalised
-    lines = np.empty(
-        (tallest, 3 * size + 16), np.float32
-    )  # the same, resized across; each begins as the first does
+    # The same rows, resized across; 16 more numbers take the last pixel's fourth and keep the rows aligned.
+    lines = np.empty((tallest, 3 * size + 16), np.float32)
     factors, shifts = np.empty(3 * widest, np.float32), np.empty(3 * widest, np.float32)
     for j in range(3 * widest):
         factors[j], shifts[j] = factor[j % 3], shift[j % 3]
