@@ -1,6 +1,6 @@
 """Headers of JPEGs, by one parser that Python runs for one image, and numba for many without the interpreter's lock.
 
-The loader's threads read the headers of a whole set in its first epoch, in turns while they hold the lock.
+The loader reads the header of every image in its first epoch. In Python, its threads would have to take turns.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def compiled() -> Any:
     It fills `components` with the colour components of JPEGs that have these sizes, and with -1 for what needs a
     closer look (`image.check_header`).
     """
-    # Preparing a set reads headers in Python, and shall not wait for numba.
+    # Imported here, as preparing a set, which reads headers in Python, need not wait for numba.
     from numba.extending import register_jitable
 
     from fastnet.jit import compile_for, jit
