@@ -11,6 +11,7 @@ Before a measurement a provider gives up the batches that it prepared meanwhile,
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,14 +39,18 @@ from fastnet.config import Augment
 from fastnet.data.default import default_set
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
+from fastnet.input import host
 from fastnet.input.device import train_stream
 from fastnet.input.draws import MEAN, STD
+from fastnet.input.jpegs import turbojpeg
 from fastnet.input.spec import PREFETCH, InputSpec
 
 BASELINE = "DataLoader, PIL"
 QUEUED = 2  # batches a worker prepares ahead, as DataLoader does by default
 LOADERS = 3  # the most that are open at once
 KEYS = ("set", "image_size", "batch", "threads", "device", "quantity")
+SIMPLEJPEG = "fastnet, decode cpu, simplejpeg"
+LAP = 0.5  # seconds that a measurement takes at least
 PEERS = ("FFCV, JPEG", "FFCV, raw", "SPDL")
 Take = Callable[[], Any]  # gives the next batch
 Opened = Iterator[Take]
@@ -70,6 +76,15 @@ def fastnet(source: Source, size: int, threads: int, device: torch.device, *, de
         train_stream(source.split, spec, Augment(), batch_size=source.batch, seed=0)
     ) as stream:
         yield lambda: next(stream)
+
+
+@contextlib.contextmanager
+def without_libturbojpeg(source: Source, size: int, threads: int, device: torch.device) -> Opened:
+    """`--decode cpu` where the system lacks that library."""
+    with contextlib.ExitStack() as stack:
+        with mock.patch.object(host, "turbojpeg", lambda: None):
+            take = stack.enter_context(fastnet(source, size, threads, device, decode="cpu"))
+        yield take
 
 
 @pipeline_def(prefetch_queue_depth=PREFETCH)
@@ -227,6 +242,8 @@ def providers(device: torch.device) -> dict[str, Callable[..., contextlib.Abstra
         **{f"fastnet, decode {d}": with_decode(d) for d in placements},
         "JPEG decoding alone": decode_only,
     }
+    if device.type == "cpu" and turbojpeg():
+        rows[SIMPLEJPEG] = without_libturbojpeg
     peers: dict[str, Callable] = {
         "FFCV, JPEG": lambda *given: ffcv(*given, kind="jpg"),
         "FFCV, raw": lambda *given: ffcv(*given, kind="raw"),
@@ -265,6 +282,7 @@ def measure(
     print(f"{size} px, {threads} threads")
     with contextlib.ExitStack() as stack:
         ready: dict[str, harness.Candidate] = {}
+        taken: dict[str, int] = {}
         for name, opened in providers(device).items():
             try:
                 take = stack.enter_context(opened(source, size, threads, device))
@@ -275,14 +293,26 @@ def measure(
                 table.note(case, name, problem)
             else:
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
-                ready[name] = timed(take, prepared, batches)
+                taken[name] = batches * (1 if table.quick else enough(take, batches))
+                ready[name] = timed(take, prepared, taken[name])
         times = harness.alternate(ready, device, seconds=seconds, least=2 if table.quick else 6)
     for name in ("fastnet, decode device", "fastnet, decode gpu", *PEERS):
         if name not in providers(device):
             table.note(case, name, "not run: " + ("not installed here" if name in PEERS else "no GPU here"))
     for name, laps in times.items():
-        rates = batches * source.batch * 1e3 / np.array(laps["batches"])
+        rates = taken[name] * source.batch * 1e3 / np.array(laps["batches"])
         table.add(case, name, "batches", "images/s", rates)
+
+
+def enough(take: Take, batches: int) -> int:
+    """How often to take so many batches, for a measurement of `LAP` seconds."""
+    pace = []
+    for _ in range(3):  # the first ones were prepared meanwhile
+        began = time.perf_counter()
+        for _ in range(batches):
+            take()
+        pace.append(time.perf_counter() - began)
+    return max(1, math.ceil(LAP / pace[-1]))
 
 
 def timed(take: Take, prepared: int, batches: int) -> harness.Candidate:

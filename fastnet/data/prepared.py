@@ -139,10 +139,10 @@ class Split:
             self._checked[i] = min(components, 254) + 1
         return image
 
-    def jpegs(self, index: NDArray[np.int64]) -> tuple[list[np.ndarray], list[int]]:
-        """The encoded bytes of several images, and their colour components: 1 or 3, 4 of CMYK, 0 of a PNG.
+    def components(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """[B] colour components of the images `index` [B]: 1 or 3, 4 of CMYK, 0 of a PNG.
 
-        As `jpeg`, with headers read without the interpreter's lock, for a loader's threads.
+        Checks headers as `jpeg` does, but without the interpreter's lock, for a loader's threads.
         """
         new = index[self._checked[index] == 0]
         if len(new):
@@ -151,8 +151,7 @@ class Split:
             self._checked[new] = np.minimum(components, 254) + 1
             for i in new[components < 0]:
                 self.jpeg(i)
-        images = [self.mapped[begin:end] for begin, end in self.bounds[index].tolist()]
-        return images, [known - 1 for known in self._checked[index].tolist()]
+        return self._checked[index] - 1
 
     def refuse_undecodable(self, index: Iterable[int]) -> None:
         """Raises ImageError for the first of these images that cannot be decoded, since DALI's error names none."""

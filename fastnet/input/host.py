@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from ctypes import CDLL
 from itertools import pairwise
 from threading import local
 from typing import NamedTuple
@@ -20,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 
 from fastnet.data import headers
-from fastnet.data.decoding import ImageDecoder
 from fastnet.data.prepared import Split
 from fastnet.input.decoded import DecodedImages
 from fastnet.input.draws import MEAN, STD
 from fastnet.input.fused import compiled
+from fastnet.input.jpegs import ImageDecoder, turbojpeg
 from fastnet.input.spec import PREFETCH, InputSpec, decoder_threads
 
-# Images at most of a thread's piece of work. Threads that decode take turns with the interpreter, so a piece is large;
-# a thread that is done goes on with the next batch, so it need not be small.
+# Images at most of a thread's piece of work. Between pieces threads take turns with the interpreter, so one is large; a
+# thread that is done goes on with the next batch, so it need not be small.
 TASK = 128
 FACTOR = (1 / np.array(STD)).astype(np.float32)
 SHIFT = (np.array(MEAN) / np.array(STD)).astype(np.float32)
@@ -43,8 +44,8 @@ class _UnderWay(NamedTuple):
 class _PerThread(local):
     """What each thread has of its own, made where it is first asked for."""
 
-    def __init__(self) -> None:
-        self.decode = ImageDecoder()
+    def __init__(self, library: CDLL | None) -> None:
+        self.decode = ImageDecoder(library)
 
 
 class HostBatches:
@@ -54,14 +55,16 @@ class HostBatches:
         self.split, self.spec, self.largest = split, spec, largest
         self.decoded = DecodedImages(split, spec.threads) if spec.decode == "raw" else None
         self.make_images = compiled()
+        library = None
         if self.decoded is None:
             headers.compiled()  # once, and not by each thread
+            library = turbojpeg()
         self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
         self.under_way: deque[_UnderWay] = deque()
         # Fresh memory would cost more than what is written to it: the kernel clears it page by page.
         self.buffers: list[NDArray[np.float32]] = []
         self.workers = ThreadPoolExecutor(spec.threads, "images")
-        self.this_thread = _PerThread()
+        self.this_thread = _PerThread(library)
 
     def begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
         """Makes the batches of `todo` (images and their inputs), instead of those that are still under way."""
@@ -106,8 +109,7 @@ class HostBatches:
         if self.decoded is not None:
             pixels, starts = self.decoded.mapped, self.decoded.starts[index]
         else:
-            images, components = self.split.jpegs(index)
-            pixels, starts = self.this_thread.decode(images, sizes, components)
+            pixels, starts = self.this_thread.decode(self.split, index)
         mirror = inputs.get("mirror", np.zeros(len(index), np.int32))
         self.make_images(pixels, starts, sizes, inputs["start"], inputs["end"], mirror, FACTOR, SHIFT, x)
 

@@ -13,6 +13,7 @@ from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
 from fastnet.input.decoded import decoded_bytes, why_not_decoded
 from fastnet.input.device import unsupported, why_not_compiled
+from fastnet.input.jpegs import jpeg_decoder
 from fastnet.input.spec import resolve_decode
 
 # How much of the free memory the set may take: where it is asked for, and where auto decides.
@@ -27,8 +28,8 @@ def splits_read(data: PreparedSet, holdout: float) -> list[Split]:
 
 
 def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str, str]:
-    """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}, and for auto on a GPU
-    why, as "decode_reason".
+    """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}, for auto on a GPU why,
+    as "decode_reason", and where DALI has no part in it by what library, as "jpeg_decoder".
 
     Collective: all ranks decode in the same place, and each asks its own GPU. Raises InputError where --decode cannot
     be.
@@ -42,7 +43,8 @@ def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str
         if obstacle and not auto:
             raise InputError(f"--decode device: {obstacle}; use gpu, cpu, raw or auto")
     if not auto:
-        return {"decode": decode}
+        by_dali = decode != "cpu" or device.type != "cpu" or unsupported(config.augment)
+        return {"decode": decode} if by_dali else {"decode": decode, "jpeg_decoder": jpeg_decoder()}
     obstacle = runtime.first_of(obstacle)
     if obstacle:
         return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}

@@ -12,22 +12,25 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
 from fastnet.data import headers
-from fastnet.data.decoding import Decoder, ImageDecoder
-from fastnet.data.image import PNG, BadImage, check_header, read_header
+from fastnet.data.decoding import Decoder
+from fastnet.data.image import PNG, BadImage, check_header
 from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input import fused
 from fastnet.input.host import FACTOR, SHIFT, HostBatches
+from fastnet.input.jpegs import NAME, ImageDecoder, turbojpeg
 from tests.support.paths import REPOSITORY
 from tests.support.resize import SAMPLES, assert_resized
 from tests.support.streams import stream
@@ -51,6 +54,8 @@ def test_as_dali(size: int) -> None:
 
 
 def encoded(kind: str) -> np.ndarray:
+    if kind in ("4:4:0", "4:1:1"):  # which PIL does not write
+        return np.frombuffer(simplejpeg.encode_jpeg(NOISE, colorsubsampling=kind.replace(":", "")), np.uint8)
     image, buffer = Image.fromarray(NOISE), io.BytesIO()
     orientation = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
     options: dict[str, dict[str, Any]] = {
@@ -67,24 +72,47 @@ def encoded(kind: str) -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-KINDS = ["4:4:4", "4:2:2", "4:2:0", "progressive", "rgb", "rotated", "grey", "cmyk"]
+KINDS = ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1", "progressive", "rgb", "rotated", "grey", "cmyk"]
 KINDS += ["png", "png with alpha", "grey png", "palette"]
 
 
-def test_decoded_pixels_are_dalis() -> None:
+def split_of(images: Sequence[np.ndarray]) -> Split:
+    sizes = np.full((len(images), 2), NOISE.shape[:2], np.int32)
+    names = [str(n) for n in range(len(images))]
+    return Split.in_memory("host", [image.tobytes() for image in images], sizes, names, Path())
+
+
+@pytest.fixture(params=["libturbojpeg", "simplejpeg"])
+def decode(request: pytest.FixtureRequest) -> ImageDecoder:
+    """By either library."""
+    library = turbojpeg() if request.param == "libturbojpeg" else None
+    if library is None and request.param == "libturbojpeg":
+        pytest.skip(f"no {NAME} here")
+    return ImageDecoder(library)
+
+
+def test_decoded_pixels_are_dalis(decode: ImageDecoder) -> None:
     images = [encoded(kind) for kind in KINDS]
-    sizes = np.full((len(KINDS), 2), NOISE.shape[:2], np.int32)
-    decode = ImageDecoder()
-    components = [read_header(image.tobytes())[2] for image in images]
-    assert components == [3, 3, 3, 3, 3, 3, 1, 4, 0, 0, 0, 0]
-    pixels, starts = decode(images, sizes, components)
-    assert decode.dali.pipe is not None
+    split, everything = split_of(images), np.arange(len(KINDS))
+    assert split.components(everything).tolist() == [3, 3, 3, 3, 3, 3, 3, 3, 1, 4, 0, 0, 0, 0]
+    jpegs = everything[:-5]
+    decode(split, jpegs)
+    assert decode.dali.pipe is None, "a JPEG was left to DALI"
+    pixels, starts = decode(split, everything)
     for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
         got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
         np.testing.assert_array_equal(got, expected, kind)
-    alone = ImageDecoder()
-    alone(images[:-5], sizes[:-5], components[:-5])
-    assert alone.dali.pipe is None, "a JPEG was left to DALI"
+
+
+def test_what_libjpeg_turbo_warns_of_is_left_to_dali(decode: ImageDecoder) -> None:
+    whole = encoded("4:4:4")
+    odd = np.concatenate([whole[:-2], np.full(9, 7, np.uint8), whole[-2:]])  # bytes before the end's marker
+    pixels, _ = decode(split_of([whole, odd]), np.arange(2))
+    assert decode.dali.pipe is not None
+    np.testing.assert_array_equal(pixels[NOISE.size :], Decoder(1)([odd])[0].ravel())
+    cut = whole[:-500]
+    with pytest.raises(RuntimeError):
+        decode(split_of([whole, cut]), np.arange(2))
 
 
 def test_headers_read_at_once() -> None:
@@ -104,7 +132,7 @@ def test_headers_read_at_once() -> None:
     bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
     components = np.zeros(len(images), np.int32)
     headers.compiled()(np.frombuffer(b"".join(images), np.uint8), bounds, sizes, components)
-    assert components[:13].tolist() == [3, 3, 3, 3, 3, 3, 1, 4, -1, -1, -1, -1, 3]
+    assert components[:15].tolist() == [3, 3, 3, 3, 3, 3, 3, 3, 1, 4, -1, -1, -1, -1, 3]
     expected = []
     for image in images:
         try:
@@ -116,15 +144,14 @@ def test_headers_read_at_once() -> None:
     assert 200 < expected.count(-1) < len(images) - 200
 
 
-def test_a_decoder_keeps_its_memory() -> None:
+def test_a_decoder_keeps_its_memory(decode: ImageDecoder) -> None:
     """Also after it had to grow: what it decodes then is whole."""
-    image, size = encoded("4:4:4"), np.array([NOISE.shape[:2]], np.int32)
+    image = encoded("4:4:4")
     (expected,) = Decoder(1)([image])
-    decode = ImageDecoder()
     for count in (1, 3):
-        pixels, _ = decode([image] * count, size.repeat(count, axis=0), [3] * count)
+        pixels, _ = decode(split_of([image] * count), np.arange(count))
         np.testing.assert_array_equal(pixels.reshape(count, *NOISE.shape), np.stack([expected] * count))
-    again, _ = decode([image], size, [3])
+    again, _ = decode(split_of([image]), np.arange(1))
     assert np.shares_memory(again, pixels)
 
 

@@ -1,4 +1,4 @@
-"""Runs that could not make their first step are refused before it."""
+"""What is settled before the first step: runs that could not make it are refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnet.config import Config
+from fastnet.config import Augment, Config
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.input import jpegs
 from fastnet.training.inputs import Inputs
+from fastnet.training.placement import place
 from fastnet.training.setup import check_sizes, fewest_images
 
 
@@ -82,3 +84,16 @@ def test_the_sizes_for_which_kernels_are_compiled(
     inputs = Inputs(config, default_set(tiny_set), runtime, {"threads": 1, "decode": "cpu"}, lambda _: None)
     assert inputs.batch_sizes == expected
     inputs.close()
+
+
+def test_what_decodes_is_recorded_where_it_is_not_dali(
+    tiny_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, config, splits = Runtime(torch.device("cpu")), Config(), [default_set(tiny_set).splits["train"]]
+    here = "libturbojpeg" if jpegs.turbojpeg() else "simplejpeg"
+    assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": here}
+    monkeypatch.setattr(jpegs, "turbojpeg", lambda: None)
+    assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": "simplejpeg"}
+    augmented = replace(config, augment=Augment(policy="trivial"))
+    assert place(augmented, splits, runtime) == {"decode": "cpu"}
+    assert place(replace(config, decode="raw"), splits, runtime) == {"decode": "raw"}

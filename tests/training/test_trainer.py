@@ -19,6 +19,7 @@ from fastnet.config import sample
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
+from fastnet.input.jpegs import jpeg_decoder
 from fastnet.metrics import Totals
 from fastnet.training.checkpoint import load
 from fastnet.training.manifest import read_manifest
@@ -46,6 +47,7 @@ def test_records(whole: Path) -> None:
     assert manifest["config"]["network"] == "lstm" and len(manifest["data"]["hash"]) == 64
     (session,) = manifest["sessions"]
     assert session["lstm_backend"] == "torch" and session["decode"] == "cpu" and session["ranks"] == 1
+    assert session["jpeg_decoder"] == jpeg_decoder()
     assert session["versions"]["torch"] == torch.__version__.split("+")[0] and session["from_step"] == 0
     assert list((whole / "tensorboard").iterdir())
 

@@ -66,8 +66,7 @@ def generated(archive: Path) -> Path:
 
 def grey_images(split: Split) -> int:
     """JPEGs of one colour component."""
-    _, components = split.jpegs(np.arange(len(split)))
-    return components.count(1)
+    return int((split.components(np.arange(len(split))) == 1).sum())
 
 
 def measured(source: Path, out: Path) -> tuple[float, int]:
