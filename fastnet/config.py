@@ -420,7 +420,7 @@ def sample(network: str) -> Config:
         head_epochs=3 if alone else 0,
         head_lr=0.005,
         epochs=5 if alone else 8,
-        lr=0.05,
+        lr=0.02,
         warmup=0.5,
         log_every=10,
         augment=Augment(min_crop=0.35),
