@@ -50,7 +50,7 @@ QUEUED = 2  # batches a worker prepares ahead, as DataLoader does by default
 LOADERS = 3  # the most that are open at once
 KEYS = ("set", "image_size", "batch", "threads", "device", "quantity")
 SIMPLEJPEG = "fastnet, decode cpu, simplejpeg"
-LAP = 0.5  # seconds that a measurement takes at least
+LAP = 0.5  # seconds of a measurement, about; slow loaders take longer
 PEERS = ("FFCV, JPEG", "FFCV, raw", "SPDL")
 Take = Callable[[], Any]  # gives the next batch
 Opened = Iterator[Take]
@@ -80,7 +80,7 @@ def fastnet(source: Source, size: int, threads: int, device: torch.device, *, de
 
 @contextlib.contextmanager
 def without_libturbojpeg(source: Source, size: int, threads: int, device: torch.device) -> Opened:
-    """`--decode cpu` where the system lacks that library."""
+    """`--decode cpu` where the system lacks that library, for which a stream looks when it is opened."""
     with contextlib.ExitStack() as stack:
         with mock.patch.object(host, "turbojpeg", lambda: None):
             take = stack.enter_context(fastnet(source, size, threads, device, decode="cpu"))
@@ -293,7 +293,7 @@ def measure(
                 table.note(case, name, problem)
             else:
                 prepared = PREFETCH * (threads if name.startswith("DataLoader") else 1) + 1
-                taken[name] = batches * (1 if table.quick else enough(take, batches))
+                taken[name] = batches * (1 if table.quick else repeats(take, batches))
                 ready[name] = timed(take, prepared, taken[name])
         times = harness.alternate(ready, device, seconds=seconds, least=2 if table.quick else 6)
     for name in ("fastnet, decode device", "fastnet, decode gpu", *PEERS):
@@ -304,7 +304,7 @@ def measure(
         table.add(case, name, "batches", "images/s", rates)
 
 
-def enough(take: Take, batches: int) -> int:
+def repeats(take: Take, batches: int) -> int:
     """How often to take so many batches, for a measurement of `LAP` seconds."""
     pace = []
     for _ in range(3):  # the first ones were prepared meanwhile

@@ -1,4 +1,4 @@
-"""Decodes images on the CPU, many at once, by DALI. (A loader's threads: input/jpegs.py.)"""
+"""Decodes images on the CPU, many at once, by DALI. (What the threads of a loader decode by is in input/jpegs.py.)"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fastnet.diagnosis.findings import Failed, Skipped
 from fastnet.input.dali import DaliBatches
 from fastnet.input.draws import MEAN, STD, eval_inputs
 from fastnet.input.host import HostBatches
-from fastnet.input.jpegs import NAME, jpeg_decoder
+from fastnet.input.jpegs import LIBRARY, jpeg_decoder
 from fastnet.input.spec import InputSpec
 
 SIZE, IMAGES = 64, 4
@@ -38,11 +38,15 @@ def dali_on_gpu() -> str:
 
 
 def without_dali() -> str:
-    """What decodes on the CPU for a training there (input/jpegs.py)."""
+    """What decodes for a training on the CPU (input/jpegs.py)."""
+    if torch.cuda.is_available():
+        raise Skipped("GPUs train on what DALI or a kernel of fastnet decodes")
     levels = _difference(torch.device("cpu"), lambda split, spec, _: HostBatches(split, spec, IMAGES))
     decoder = jpeg_decoder()
     quicker = (
-        "" if decoder == "libturbojpeg" else f"; it would be quicker with {NAME} (Debian: libturbojpeg0)"
+        ""
+        if decoder == "libturbojpeg"
+        else f"; it would be quicker with {LIBRARY} (apt-get install libturbojpeg0-dev)"
     )
     return f"{decoder} decodes as PIL does, to {levels:.1f} grey levels{quicker}"
 

@@ -28,8 +28,8 @@ from fastnet.input.fused import compiled
 from fastnet.input.jpegs import ImageDecoder, turbojpeg
 from fastnet.input.spec import PREFETCH, InputSpec, decoder_threads
 
-# Images at most of a thread's piece of work. Between pieces threads take turns with the interpreter, so one is large; a
-# thread that is done goes on with the next batch, so it need not be small.
+# Images at most of a thread's piece of work. Between pieces threads take turns with the interpreter, so pieces are
+# large; a thread that is done goes on with the next batch, so they need not be small.
 TASK = 128
 FACTOR = (1 / np.array(STD)).astype(np.float32)
 SHIFT = (np.array(MEAN) / np.array(STD)).astype(np.float32)

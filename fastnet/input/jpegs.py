@@ -2,8 +2,8 @@
 
 JPEGs are decoded by libjpeg-turbo, which DALI uses too, without what DALI does around every small image. Where the
 system has libturbojpeg, compiled code calls it for all images of the part, and meanwhile no thread waits for the
-interpreter's lock. Else simplejpeg, which brings its own libjpeg-turbo, is called for each image; it takes the lock
-back twice in each.
+interpreter's lock. Otherwise simplejpeg, which brings its own libjpeg-turbo, is called for each image; threads then
+meet at that lock twice an image, where one of them sleeps until the other wakes it.
 
 Shapes: B images of the part.
 """
@@ -21,13 +21,12 @@ import simplejpeg
 from numba import types
 from numpy.typing import NDArray
 
+from fastnet.data import headers
 from fastnet.data.decoding import Decoder, areas
 from fastnet.data.prepared import Split
 from fastnet.jit import compile_for, jit
 
-NAME = (
-    "libturbojpeg.so.0"  # its versions from 1.5.1 (2016) on give these pixels (libjpeg-turbo's ChangeLog.md)
-)
+LIBRARY = "libturbojpeg.so.0"
 RGB, ACCURATE = 0, 0  # TJPF_RGB; no flags: the accurate DCT, and smooth enlargement of the chroma
 
 # int tjDecompress2(handle, jpeg, size, to, width, pitch, height, format, flags), of turbojpeg.h
@@ -37,64 +36,82 @@ decompress: Any = types.ExternalFunction(
 )
 
 
+jpeg_header = jit()(headers.jpeg_header)
+
+
 @jit()
 def decode_jpegs(
     handle: int,
     mapped: NDArray[np.uint8],
     bounds: NDArray[np.int64],
     sizes: NDArray[np.int32],
+    components: NDArray[np.uint8],
     starts: NDArray[np.int64],
     left: NDArray[np.bool_],
     pixels: NDArray[np.uint8],
 ) -> None:
     """Decodes images that lie within `bounds` [B, 2] of `mapped` into `pixels`, from `starts` [B] on.
 
-    Passes over those marked in `left` [B], and marks those that the library refuses or warns of. Writes no more than
-    their `sizes` [B, 2], heights and widths, allow.
+    It takes those of 1 or 3 colour components (`components` [B]), and clears their marks in `left` [B] unless the
+    library refuses them or warns of them. It writes no more than their `sizes` [B, 2], heights and widths, allow.
+    Progressive JPEGs stay: where scans are missing, versions of the library smooth in different ways.
     """
     for n in range(len(bounds)):
-        if not left[n]:
-            failed = decompress(
-                handle,
-                mapped.ctypes.data + bounds[n, 0],
-                bounds[n, 1] - bounds[n, 0],
-                pixels.ctypes.data + starts[n],
-                sizes[n, 1],
-                0,
-                sizes[n, 0],
-                RGB,
-                ACCURATE,
-            )
-            left[n] = failed != 0
+        begin, end = bounds[n]
+        if components[n] not in (1, 3) or jpeg_header(mapped[begin:end])[3]:
+            continue
+        failed = decompress(
+            handle,
+            mapped.ctypes.data + begin,
+            end - begin,
+            pixels.ctypes.data + starts[n],
+            sizes[n, 1],
+            0,
+            sizes[n, 0],
+            RGB,
+            ACCURATE,
+        )
+        left[n] = failed != 0
 
 
 @cache
 def turbojpeg() -> ctypes.CDLL | None:
-    """The system's libturbojpeg, with what calls it compiled; None where there is none."""
+    """The system's libturbojpeg, with `decode_jpegs` compiled for it. None if there is none, or none with simplejpeg's
+    pixels.
+    """
     try:
-        library = ctypes.CDLL(NAME)
+        library = ctypes.CDLL(LIBRARY)
     except OSError:
         return None
     library.tjInitDecompress.restype = ctypes.c_void_p
     library.tjDestroy.argtypes = [ctypes.c_void_p]
     address = ctypes.cast(library.tjDecompress2, ctypes.c_void_p).value
     llvmlite.binding.add_symbol("tjDecompress2", address)
-    mapped = np.zeros(1, np.uint8)
-    mapped.flags.writeable = False
-    bounds, sizes = np.empty((0, 2), np.int64), np.empty((0, 2), np.int32)
-    starts, left, pixels = np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.uint8)
+    return library if _as_simplejpeg(library) else None
+
+
+def _as_simplejpeg(library: ctypes.CDLL) -> bool:
+    """Whether it has the pixels of a JPEG with 4:4:0 chroma, which changed in 2.0.3 (libjpeg-turbo's ChangeLog.md)."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    encoded = np.frombuffer(simplejpeg.encode_jpeg(noise, colorsubsampling="440"), np.uint8)
+    bounds, sizes = np.array([[0, len(encoded)]]), np.array([noise.shape[:2]], np.int32)
+    components, starts, left = np.array([3], np.uint8), np.zeros(1, np.int64), np.ones(1, np.bool_)
+    pixels = np.empty(noise.size, np.uint8)
+    handle = library.tjInitDecompress()
     compile_for(
         decode_jpegs,
-        0,
-        mapped,
+        handle,
+        encoded,
         bounds,
         sizes,
+        components,
         starts,
         left,
         pixels,
         what="data: compiled the decoding of JPEGs",
     )
-    return library
+    library.tjDestroy(handle)
+    return not left[0] and np.array_equal(pixels.reshape(noise.shape), simplejpeg.decode_jpeg(encoded))
 
 
 def jpeg_decoder() -> str:
@@ -122,27 +139,30 @@ class ImageDecoder:
         """The pixels of the images `index` [B], one after the other (uint8), and where each begins [B]; valid until the
         next call.
 
-        PNGs are left to DALI, and so are CMYK, which it converts with other roundings, and what libjpeg-turbo refuses
-        or warns of. Raises RuntimeError if DALI cannot decode one either.
+        What libturbojpeg leaves is decoded by simplejpeg. PNGs are left to DALI, and so are CMYK, which it converts
+        with other roundings, and what libjpeg-turbo refuses or warns of. Raises RuntimeError if DALI cannot decode one
+        either.
         """
         components = split.components(index)
         bounds, sizes = split.bounds[index], split.sizes[index]
         ends = np.cumsum(areas(sizes) * 3)
         starts = np.concatenate([[0], ends[:-1]])
         pixels = self._pixels(ends[-1])
-        left = (components != 1) & (components != 3)
+        left = np.ones(len(index), np.bool_)
         if self.handle is not None:
-            decode_jpegs(self.handle, split.mapped, bounds, sizes, starts, left, pixels)
-        else:
-            # Slices of these and numbers of lists cost less than those of arrays.
-            encoded, places = split.mapped.data, pixels.data
-            parts = list(zip(bounds.tolist(), starts.tolist(), ends.tolist(), strict=True))
-            for n in np.flatnonzero(~left).tolist():
-                (begin, end), to, to_end = parts[n]
-                try:
-                    simplejpeg.decode_jpeg(encoded[begin:end], buffer=places[to:to_end])
-                except ValueError:
-                    left[n] = True
+            decode_jpegs(self.handle, split.mapped, bounds, sizes, components, starts, left, pixels)
+        each = np.flatnonzero(left & ((components == 1) | (components == 3)))
+        # Slices of these and numbers of lists cost less than those of arrays.
+        encoded, places = split.mapped.data, pixels.data
+        parts = zip(
+            each.tolist(), bounds[each].tolist(), starts[each].tolist(), ends[each].tolist(), strict=True
+        )
+        for n, (begin, end), start, stop in parts:
+            try:
+                simplejpeg.decode_jpeg(encoded[begin:end], buffer=places[start:stop])
+                left[n] = False
+            except ValueError:
+                pass  # DALI has the last word
         others = np.flatnonzero(left)
         if len(others):
             for n, decoded in zip(others, self.dali([split.jpeg(i) for i in index[others]]), strict=True):

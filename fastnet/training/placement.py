@@ -28,8 +28,9 @@ def splits_read(data: PreparedSet, holdout: float) -> list[Split]:
 
 
 def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str, str]:
-    """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}, for auto on a GPU why,
-    as "decode_reason", and where DALI has no part in it by what library, as "jpeg_decoder".
+    """What `--decode` means for a run that reads `splits`: {"decode": device, gpu, cpu or raw}. For auto on a GPU
+    it also says why, as "decode_reason", and for cpu on a CPU which library decodes where DALI does not, as
+    "jpeg_decoder".
 
     Collective: all ranks decode in the same place, and each asks its own GPU. Raises InputError where --decode cannot
     be.
@@ -42,9 +43,9 @@ def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str
             obstacle = _obstacle(config, splits, runtime, AUTO if auto else ASKED)
         if obstacle and not auto:
             raise InputError(f"--decode device: {obstacle}; use gpu, cpu, raw or auto")
+        library = {"jpeg_decoder": jpeg_decoder()} if decode == device.type == "cpu" else {}
     if not auto:
-        by_dali = decode != "cpu" or device.type != "cpu" or unsupported(config.augment)
-        return {"decode": decode} if by_dali else {"decode": decode, "jpeg_decoder": jpeg_decoder()}
+        return {"decode": decode, **library}
     obstacle = runtime.first_of(obstacle)
     if obstacle:
         return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from fastnet.data.prepared import Split
 from fastnet.errors import InputError
 from fastnet.input import fused
 from fastnet.input.host import FACTOR, SHIFT, HostBatches
-from fastnet.input.jpegs import NAME, ImageDecoder, turbojpeg
+from fastnet.input.jpegs import LIBRARY, ImageDecoder, turbojpeg
 from tests.support.paths import REPOSITORY
 from tests.support.resize import SAMPLES, assert_resized
 from tests.support.streams import stream
@@ -87,7 +88,7 @@ def decode(request: pytest.FixtureRequest) -> ImageDecoder:
     """By either library."""
     library = turbojpeg() if request.param == "libturbojpeg" else None
     if library is None and request.param == "libturbojpeg":
-        pytest.skip(f"no {NAME} here")
+        pytest.skip(f"no {LIBRARY} here")
     return ImageDecoder(library)
 
 
@@ -102,6 +103,16 @@ def test_decoded_pixels_are_dalis(decode: ImageDecoder) -> None:
     for kind, begin, expected in zip(KINDS, starts, Decoder(1)(images), strict=True):
         got = pixels[begin : begin + NOISE.size].reshape(NOISE.shape)
         np.testing.assert_array_equal(got, expected, kind)
+
+
+def test_a_progressive_jpeg_without_its_last_scans(decode: ImageDecoder) -> None:
+    """Versions of libjpeg-turbo smooth it in different ways."""
+    whole = encoded("progressive").tobytes()
+    scans = [found.start() for found in re.finditer(b"\xff\xda", whole)]
+    images = [np.frombuffer(whole[:scan] + b"\xff\xd9", np.uint8) for scan in scans[1:]]
+    pixels, _ = decode(split_of(images), np.arange(len(images)))
+    np.testing.assert_array_equal(pixels, np.concatenate([image.ravel() for image in Decoder(1)(images)]))
+    assert decode.dali.pipe is None
 
 
 def test_what_libjpeg_turbo_warns_of_is_left_to_dali(decode: ImageDecoder) -> None:

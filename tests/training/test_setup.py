@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastnet.config import Augment, Config
+from fastnet.config import Config
 from fastnet.data.default import default_set
 from fastnet.distributed.ranks import Runtime
 from fastnet.errors import InputError
@@ -86,14 +86,10 @@ def test_the_sizes_for_which_kernels_are_compiled(
     inputs.close()
 
 
-def test_what_decodes_is_recorded_where_it_is_not_dali(
-    tiny_set: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_decodes_is_recorded(tiny_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime, config, splits = Runtime(torch.device("cpu")), Config(), [default_set(tiny_set).splits["train"]]
     here = "libturbojpeg" if jpegs.turbojpeg() else "simplejpeg"
     assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": here}
     monkeypatch.setattr(jpegs, "turbojpeg", lambda: None)
     assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": "simplejpeg"}
-    augmented = replace(config, augment=Augment(policy="trivial"))
-    assert place(augmented, splits, runtime) == {"decode": "cpu"}
     assert place(replace(config, decode="raw"), splits, runtime) == {"decode": "raw"}
