@@ -1,4 +1,4 @@
-"""Decodes images on the CPU, many at once, by DALI. (What the threads of a loader decode by is in input/jpegs.py.)"""
+"""Decodes images on the CPU, many at once, by DALI. Loader threads use input/jpegs.py."""
 
 from __future__ import annotations
 

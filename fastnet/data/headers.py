@@ -17,8 +17,8 @@ MAX_SCANS = (
 DAMAGED, CUT_OFF = -1, -2
 
 
-def jpeg_header(image: Any) -> tuple[int, int, int, bool]:
-    """(height, width, colour components, progressive) of a JPEG, or (`DAMAGED` or `CUT_OFF`, 0, 0, False).
+def jpeg_header(image: Any) -> tuple[int, int, int]:
+    """(height, width, colour components) of a JPEG, or (`DAMAGED` or `CUT_OFF`, 0, 0).
 
     `image`: bytes or [N] uint8, which begin as a JPEG does. Markers: ITU-T T.81, table B.1.
     """
@@ -27,16 +27,16 @@ def jpeg_header(image: Any) -> tuple[int, int, int, bool]:
         while at + 1 < len(image) and image[at] == 0xFF and image[at + 1] == 0xFF:
             at += 1  # fill bytes may precede a marker
         if at + 4 > len(image):
-            return CUT_OFF, 0, 0, False
+            return CUT_OFF, 0, 0
         marker, length = image[at + 1], image[at + 2] << 8 | image[at + 3]
         if image[at] != 0xFF or marker < 0xC0 or 0xD0 <= marker <= 0xD9 or marker == 0xDA or length < 2:
-            return DAMAGED, 0, 0, False
+            return DAMAGED, 0, 0
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0 to SOF15
             if at + 10 > len(image):
-                return CUT_OFF, 0, 0, False
+                return CUT_OFF, 0, 0
             height = image[at + 5] << 8 | image[at + 6]
             width = image[at + 7] << 8 | image[at + 8]
-            return height, width, image[at + 9], marker & 3 == 2
+            return height, width, image[at + 9]
         at += 2 + length
 
 
@@ -51,7 +51,7 @@ def _read_headers(
         image = mapped[bounds[n, 0] : bounds[n, 1]]
         if len(image) < 3 or image[0] != 0xFF or image[1] != 0xD8 or image[2] != 0xFF:
             continue
-        height, width, found, _ = jpeg_header(image)
+        height, width, found = jpeg_header(image)
         if height != sizes[n, 0] or width != sizes[n, 1]:
             continue
         scans = 0

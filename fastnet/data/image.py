@@ -44,7 +44,7 @@ def read_header(image: bytes) -> tuple[int, int, int]:
             if length != 13 or kind != b"IHDR":
                 raise BadImage("is a bad image (its PNG header is damaged); get it again or remove it")
         elif image.startswith(JPEG):
-            height, width, components, _ = jpeg_header(image)
+            height, width, components = jpeg_header(image)
         else:
             raise BadImage("is neither JPEG nor PNG; remove or convert it")
     except struct.error:

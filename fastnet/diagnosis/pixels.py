@@ -38,7 +38,7 @@ def dali_on_gpu() -> str:
 
 
 def without_dali() -> str:
-    """What decodes for a training on the CPU (input/jpegs.py)."""
+    """What decodes for training on the CPU (input/jpegs.py)."""
     if torch.cuda.is_available():
         raise Skipped("GPUs train on what DALI or a kernel of fastnet decodes")
     levels = _difference(torch.device("cpu"), lambda split, spec, _: HostBatches(split, spec, IMAGES))
@@ -46,7 +46,7 @@ def without_dali() -> str:
     quicker = (
         ""
         if decoder == "libturbojpeg"
-        else f"; it would be quicker with {LIBRARY} (apt-get install libturbojpeg0-dev)"
+        else f"; it would be quicker with {LIBRARY} of 2.0.3 or newer (apt-get install libturbojpeg0-dev)"
     )
     return f"{decoder} decodes as PIL does, to {levels:.1f} grey levels{quicker}"
 

@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from ctypes import CDLL
 from itertools import pairwise
 from threading import local
 from typing import NamedTuple
@@ -44,8 +43,8 @@ class _UnderWay(NamedTuple):
 class _PerThread(local):
     """What each thread has of its own, made where it is first asked for."""
 
-    def __init__(self, library: CDLL | None) -> None:
-        self.decode = ImageDecoder(library)
+    def __init__(self, compiled: bool) -> None:
+        self.decode = ImageDecoder(compiled)
 
 
 class HostBatches:
@@ -55,16 +54,14 @@ class HostBatches:
         self.split, self.spec, self.largest = split, spec, largest
         self.decoded = DecodedImages(split, spec.threads) if spec.decode == "raw" else None
         self.make_images = compiled()
-        library = None
         if self.decoded is None:
             headers.compiled()  # once, and not by each thread
-            library = turbojpeg()
         self.todo: Iterator[tuple[NDArray, dict[str, NDArray]]] = iter(())
         self.under_way: deque[_UnderWay] = deque()
         # Fresh memory would cost more than what is written to it: the kernel clears it page by page.
         self.buffers: list[NDArray[np.float32]] = []
         self.workers = ThreadPoolExecutor(spec.threads, "images")
-        self.this_thread = _PerThread(library)
+        self.this_thread = _PerThread(self.decoded is None and turbojpeg())
 
     def begin(self, todo: Iterator[tuple[NDArray, dict[str, NDArray]]]) -> None:
         """Makes the batches of `todo` (images and their inputs), instead of those that are still under way."""

@@ -1,4 +1,4 @@
-"""Decodes a part of a batch on the CPU, as one of several threads does, to DALI's pixels.
+"""Decodes a part of a batch on the CPU, in one of several threads, to the same pixels as DALI.
 
 JPEGs are decoded by libjpeg-turbo, which DALI uses too, without what DALI does around every small image. Where the
 system has libturbojpeg, compiled code calls it for all images of the part, and meanwhile no thread waits for the
@@ -11,7 +11,6 @@ Shapes: B images of the part.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,6 @@ import simplejpeg
 from numba import types
 from numpy.typing import NDArray
 
-from fastnet.data import headers
 from fastnet.data.decoding import Decoder, areas
 from fastnet.data.prepared import Split
 from fastnet.jit import compile_for, jit
@@ -29,118 +27,102 @@ from fastnet.jit import compile_for, jit
 LIBRARY = "libturbojpeg.so.0"
 RGB, ACCURATE = 0, 0  # TJPF_RGB; no flags: the accurate DCT, and smooth enlargement of the chroma
 
-# int tjDecompress2(handle, jpeg, size, to, width, pitch, height, format, flags), of turbojpeg.h
+# Of turbojpeg.h, with pointers as numbers: tjInitDecompress(), tjDestroy(handle), and
+# tjDecompress2(handle, jpeg, size, to, width, pitch, height, format, flags).
+open_decoder: Any = types.ExternalFunction("tjInitDecompress", types.uintp())
+close_decoder: Any = types.ExternalFunction("tjDestroy", types.int32(types.uintp))
 decompress: Any = types.ExternalFunction(
     "tjDecompress2",
     types.int32(types.uintp, types.uintp, types.ulong, types.uintp, *(types.int32,) * 5),
 )
 
 
-jpeg_header = jit()(headers.jpeg_header)
-
-
 @jit()
 def decode_jpegs(
-    handle: int,
     mapped: NDArray[np.uint8],
     bounds: NDArray[np.int64],
     sizes: NDArray[np.int32],
-    components: NDArray[np.uint8],
+    wanted: NDArray[np.bool_],
     starts: NDArray[np.int64],
-    left: NDArray[np.bool_],
     pixels: NDArray[np.uint8],
 ) -> None:
-    """Decodes images that lie within `bounds` [B, 2] of `mapped` into `pixels`, from `starts` [B] on.
+    """Decodes JPEGs that lie within `bounds` [B, 2] of `mapped` into `pixels`, from `starts` [B] on.
 
-    It takes those of 1 or 3 colour components (`components` [B]), and clears their marks in `left` [B] unless the
-    library refuses them or warns of them. It writes no more than their `sizes` [B, 2], heights and widths, allow.
-    Progressive JPEGs stay: where scans are missing, versions of the library smooth in different ways.
+    Those that are `wanted` [B]; it clears their marks there, but for those that the library refuses or warns of. It
+    writes no more than their `sizes` [B, 2], heights and widths, allow. Progressive JPEGs stay wanted: where scans are
+    missing, versions of the library smooth in different ways.
     """
     for n in range(len(bounds)):
         begin, end = bounds[n]
-        if components[n] not in (1, 3) or jpeg_header(mapped[begin:end])[3]:
+        progressive = False
+        for i in range(
+            begin, end - 1
+        ):  # in a segment these bytes may mean something else, which does no harm
+            progressive |= (mapped[i] == 0xFF) & ((mapped[i + 1] & 0xF3) == 0xC2)  # SOF2, 6, 10 and 14
+        if progressive or not wanted[n]:
             continue
-        failed = decompress(
-            handle,
-            mapped.ctypes.data + begin,
-            end - begin,
-            pixels.ctypes.data + starts[n],
-            sizes[n, 1],
-            0,
-            sizes[n, 0],
-            RGB,
-            ACCURATE,
-        )
-        left[n] = failed != 0
+        handle = open_decoder()  # one for all would lend an image's tables to a later one that lacks its own
+        if handle:
+            failed = decompress(
+                handle,
+                mapped.ctypes.data + begin,
+                end - begin,
+                pixels.ctypes.data + starts[n],
+                sizes[n, 1],
+                0,
+                sizes[n, 0],
+                RGB,
+                ACCURATE,
+            )
+            wanted[n] = failed != 0
+            close_decoder(handle)
 
 
 @cache
-def turbojpeg() -> ctypes.CDLL | None:
-    """The system's libturbojpeg, with `decode_jpegs` compiled for it. None if there is none, or none with simplejpeg's
-    pixels.
-    """
+def turbojpeg() -> bool:
+    """Whether the system has a libturbojpeg with simplejpeg's pixels. If so, `decode_jpegs` is compiled for it."""
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError:
-        return None
-    library.tjInitDecompress.restype = ctypes.c_void_p
-    library.tjDestroy.argtypes = [ctypes.c_void_p]
-    address = ctypes.cast(library.tjDecompress2, ctypes.c_void_p).value
-    llvmlite.binding.add_symbol("tjDecompress2", address)
-    return library if _as_simplejpeg(library) else None
+        return False
+    for name in ("tjInitDecompress", "tjDestroy", "tjDecompress2"):
+        llvmlite.binding.add_symbol(name, ctypes.cast(library[name], ctypes.c_void_p).value)
+    return _same_pixels()
 
 
-def _as_simplejpeg(library: ctypes.CDLL) -> bool:
-    """Whether it has the pixels of a JPEG with 4:4:0 chroma, which changed in 2.0.3 (libjpeg-turbo's ChangeLog.md)."""
+def _same_pixels() -> bool:
+    """Of a JPEG with 4:4:0 chroma, whose pixels changed in 2.0.3 (libjpeg-turbo's ChangeLog.md)."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     encoded = np.frombuffer(simplejpeg.encode_jpeg(noise, colorsubsampling="440"), np.uint8)
     bounds, sizes = np.array([[0, len(encoded)]]), np.array([noise.shape[:2]], np.int32)
-    components, starts, left = np.array([3], np.uint8), np.zeros(1, np.int64), np.ones(1, np.bool_)
-    pixels = np.empty(noise.size, np.uint8)
-    handle = library.tjInitDecompress()
-    compile_for(
-        decode_jpegs,
-        handle,
-        encoded,
-        bounds,
-        sizes,
-        components,
-        starts,
-        left,
-        pixels,
-        what="data: compiled the decoding of JPEGs",
-    )
-    library.tjDestroy(handle)
-    return not left[0] and np.array_equal(pixels.reshape(noise.shape), simplejpeg.decode_jpeg(encoded))
+    wanted, starts, pixels = np.ones(1, np.bool_), np.zeros(1, np.int64), np.empty(noise.size, np.uint8)
+    arguments = (encoded, bounds, sizes, wanted, starts, pixels)
+    compile_for(decode_jpegs, *arguments, what="data: compiled the decoding of JPEGs")
+    return not wanted[0] and np.array_equal(pixels.reshape(noise.shape), simplejpeg.decode_jpeg(encoded))
 
 
 def jpeg_decoder() -> str:
     """Which library decodes here."""
-    return "simplejpeg" if turbojpeg() is None else "libturbojpeg"
+    return "libturbojpeg" if turbojpeg() else "simplejpeg"
 
 
 class ImageDecoder:
-    """Decodes images of a split by this libturbojpeg, or by simplejpeg where that is None.
+    """Decodes images of a split by libturbojpeg, if `compiled` (`turbojpeg`), or else by simplejpeg.
 
     It decodes into memory that it keeps, as fresh memory has to be cleared by the kernel, page by page.
     """
 
-    def __init__(self, library: ctypes.CDLL | None) -> None:
+    def __init__(self, compiled: bool) -> None:
         self.memory = np.empty(0, np.uint8)
         self.dali = Decoder(threads=1)
-        self.handle: int | None = None
-        if library is not None:
-            self.handle = library.tjInitDecompress()
-            if self.handle is None:
-                raise MemoryError("libturbojpeg cannot start")
-            weakref.finalize(self, library.tjDestroy, self.handle).atexit = False
+        self.compiled = compiled
 
     def __call__(self, split: Split, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """The pixels of the images `index` [B], one after the other (uint8), and where each begins [B]; valid until the
         next call.
 
-        What libturbojpeg leaves is decoded by simplejpeg. PNGs are left to DALI, and so are CMYK, which it converts
-        with other roundings, and what libjpeg-turbo refuses or warns of. Raises RuntimeError if DALI cannot decode one
+        simplejpeg also decodes what libturbojpeg leaves. PNGs are left to DALI, and so are CMYK, which it converts with
+        other roundings, and what libjpeg-turbo refuses or warns of. Raises RuntimeError if DALI cannot decode one
         either.
         """
         components = split.components(index)
@@ -148,10 +130,11 @@ class ImageDecoder:
         ends = np.cumsum(areas(sizes) * 3)
         starts = np.concatenate([[0], ends[:-1]])
         pixels = self._pixels(ends[-1])
-        left = np.ones(len(index), np.bool_)
-        if self.handle is not None:
-            decode_jpegs(self.handle, split.mapped, bounds, sizes, components, starts, left, pixels)
-        each = np.flatnonzero(left & ((components == 1) | (components == 3)))
+        wanted = (components == 1) | (components == 3)
+        left = ~wanted
+        if self.compiled:
+            decode_jpegs(split.mapped, bounds, sizes, wanted, starts, pixels)
+        each = np.flatnonzero(wanted)
         # Slices of these and numbers of lists cost less than those of arrays.
         encoded, places = split.mapped.data, pixels.data
         parts = zip(
@@ -160,9 +143,8 @@ class ImageDecoder:
         for n, (begin, end), start, stop in parts:
             try:
                 simplejpeg.decode_jpeg(encoded[begin:end], buffer=places[start:stop])
-                left[n] = False
             except ValueError:
-                pass  # DALI has the last word
+                left[n] = True
         others = np.flatnonzero(left)
         if len(others):
             for n, decoded in zip(others, self.dali([split.jpeg(i) for i in index[others]]), strict=True):

@@ -43,9 +43,9 @@ def place(config: Config, splits: Sequence[Split], runtime: Runtime) -> dict[str
             obstacle = _obstacle(config, splits, runtime, AUTO if auto else ASKED)
         if obstacle and not auto:
             raise InputError(f"--decode device: {obstacle}; use gpu, cpu, raw or auto")
-        library = {"jpeg_decoder": jpeg_decoder()} if decode == device.type == "cpu" else {}
+        decoder = {"jpeg_decoder": jpeg_decoder()} if decode == device.type == "cpu" else {}
     if not auto:
-        return {"decode": decode, **library}
+        return {"decode": decode, **decoder}
     obstacle = runtime.first_of(obstacle)
     if obstacle:
         return {"decode": resolve_decode("auto", device), "decode_reason": obstacle}

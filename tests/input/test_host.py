@@ -86,10 +86,16 @@ def split_of(images: Sequence[np.ndarray]) -> Split:
 @pytest.fixture(params=["libturbojpeg", "simplejpeg"])
 def decode(request: pytest.FixtureRequest) -> ImageDecoder:
     """By either library."""
-    library = turbojpeg() if request.param == "libturbojpeg" else None
-    if library is None and request.param == "libturbojpeg":
+    compiled = request.param == "libturbojpeg"
+    if compiled and not turbojpeg():
         pytest.skip(f"no {LIBRARY} here")
-    return ImageDecoder(library)
+    return ImageDecoder(compiled)
+
+
+def test_a_libturbojpeg_of_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda image: decode(image) ^ 1)
+    assert not turbojpeg.__wrapped__()
 
 
 def test_decoded_pixels_are_dalis(decode: ImageDecoder) -> None:
@@ -113,6 +119,28 @@ def test_a_progressive_jpeg_without_its_last_scans(decode: ImageDecoder) -> None
     pixels, _ = decode(split_of(images), np.arange(len(images)))
     np.testing.assert_array_equal(pixels, np.concatenate([image.ravel() for image in Decoder(1)(images)]))
     assert decode.dali.pipe is None
+
+
+def without(kind: int, image: np.ndarray) -> np.ndarray:
+    """The JPEG without its segments of this kind."""
+    data, at, kept = image.tobytes(), 2, [b"\xff\xd8"]
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] != kind:
+            kept.append(data[at:end])
+        at = end
+    return np.frombuffer(b"".join([*kept, data[at:]]), np.uint8)
+
+
+def test_an_image_without_tables_does_not_get_another_ones(decode: ImageDecoder) -> None:
+    whole = encoded("4:4:4")
+    with pytest.raises(RuntimeError):
+        decode(split_of([whole, without(0xDB, whole)]), np.arange(2))
+    tables = io.BytesIO()
+    Image.fromarray(NOISE).save(tables, "JPEG", optimize=True)  # Huffman tables of its own
+    standard = without(0xC4, whole)
+    pixels, _ = decode(split_of([np.frombuffer(tables.getvalue(), np.uint8), standard]), np.arange(2))
+    np.testing.assert_array_equal(pixels[NOISE.size :], Decoder(1)([standard])[0].ravel())
 
 
 def test_what_libjpeg_turbo_warns_of_is_left_to_dali(decode: ImageDecoder) -> None:

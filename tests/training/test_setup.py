@@ -90,6 +90,6 @@ def test_what_decodes_is_recorded(tiny_set: Path, monkeypatch: pytest.MonkeyPatc
     runtime, config, splits = Runtime(torch.device("cpu")), Config(), [default_set(tiny_set).splits["train"]]
     here = "libturbojpeg" if jpegs.turbojpeg() else "simplejpeg"
     assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": here}
-    monkeypatch.setattr(jpegs, "turbojpeg", lambda: None)
+    monkeypatch.setattr(jpegs, "turbojpeg", lambda: False)
     assert place(config, splits, runtime) == {"decode": "cpu", "jpeg_decoder": "simplejpeg"}
     assert place(replace(config, decode="raw"), splits, runtime) == {"decode": "raw"}
