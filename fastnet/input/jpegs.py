@@ -46,20 +46,21 @@ def decode_jpegs(
     starts: NDArray[np.int64],
     pixels: NDArray[np.uint8],
 ) -> None:
-    """Decodes JPEGs that lie within `bounds` [B, 2] of `mapped` into `pixels`, from `starts` [B] on.
+    """Decodes the `wanted` [B] of the JPEGs within `bounds` [B, 2] of `mapped` into `pixels`, from `starts` [B] on.
 
-    Those that are `wanted` [B]; it clears their marks there, but for those that the library refuses or warns of. It
-    writes no more than their `sizes` [B, 2], heights and widths, allow. Progressive JPEGs stay wanted: where scans are
-    missing, versions of the library smooth in different ways.
+    Clears the mark in `wanted` of each that it has decoded. What the library refuses or warns of keeps it, and so do
+    progressive JPEGs: where scans are missing, versions of the library smooth in different ways. Writes no more than
+    `sizes` [B, 2], heights and widths, allow.
     """
     for n in range(len(bounds)):
+        if not wanted[n]:
+            continue
         begin, end = bounds[n]
+        # By its marker, SOF2, 6, 10 or 14. Within a segment the same bytes may mean something else, which does no harm.
         progressive = False
-        for i in range(
-            begin, end - 1
-        ):  # in a segment these bytes may mean something else, which does no harm
-            progressive |= (mapped[i] == 0xFF) & ((mapped[i + 1] & 0xF3) == 0xC2)  # SOF2, 6, 10 and 14
-        if progressive or not wanted[n]:
+        for i in range(begin, end - 1):
+            progressive |= (mapped[i] == 0xFF) & ((mapped[i + 1] & 0xF3) == 0xC2)
+        if progressive:
             continue
         handle = open_decoder()  # one for all would lend an image's tables to a later one that lacks its own
         if handle:
@@ -91,7 +92,10 @@ def turbojpeg() -> bool:
 
 
 def _same_pixels() -> bool:
-    """Of a JPEG with 4:4:0 chroma, whose pixels changed in 2.0.3 (libjpeg-turbo's ChangeLog.md)."""
+    """Whether `decode_jpegs` and simplejpeg agree on a JPEG with 4:4:0 chroma.
+
+    Its pixels changed in libjpeg-turbo 2.0.3 (ChangeLog.md there).
+    """
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     encoded = np.frombuffer(simplejpeg.encode_jpeg(noise, colorsubsampling="440"), np.uint8)
     bounds, sizes = np.array([[0, len(encoded)]]), np.array([noise.shape[:2]], np.int32)
